@@ -1,0 +1,848 @@
+"""AMFT, Adaptive Meta Fine-Tuning (arXiv 2508.06944), in one file: one loss, L = (1 - mu) L_RL + mu L_SFT, and a
+controller that learns mu from a meta-gradient of held-out reward, steadied by policy entropy.
+
+    python amft.py --task gp                                   # Algorithm 1 on General Points, CPU or GPU, minutes
+    python amft.py --task gp --smoke                           # the same path in under a minute
+    python amft.py --task gp --mu 0.3 --no-meta --no-entropy   # a fixed mixture; --mu 1 is SFT, --mu 0 is RL
+    python amft.py --resume runs/gp                            # go on with a run that was cut off
+    python amft.py --task gp --eval-only --model runs/gp/final
+    python amft.py --plot runs/gp                              # curves of a run (needs matplotlib)
+
+Read from top to bottom: policy, rewards and losses (Eqs. 1-3), the optimiser step and its derivative in mu, the
+meta-gradient (Eqs. 4-5), the controller (Eq. 6), evaluation, Algorithm 1, command line.
+Shapes: P prompts, G samples of each, B = P * G sequences, S tokens of prompt and response, T of the response,
+V vocabulary, N parameters. theta, gradients and moments are flat vectors (N,).
+
+Where this differs from the paper, and why, is in README.md; the lines concerned are marked "Differs".
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from torch.func import functional_call, jvp
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
+
+from tasks import OUTCOMES, TASKS
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something the user can put right: one line, exit code 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on: one line, exit code 1."""
+
+
+def flag(default, group, text, low=None, high=math.inf, choices=None):
+    return dataclasses.field(default=default, metadata=dict(group=group, help=text, low=low, high=high,
+                                                            choices=choices))
+
+
+@dataclass
+class Config:
+    """Every flag: default, group in --help, meaning, lowest and highest value. The command line is built from it."""
+    task: str = flag("gp", "what", "the task", choices=tuple(TASKS))
+    model: str = flag(str(HERE / "base"), "what", "checkpoint folder or hub name to start from")
+    seed: int = flag(0, "what", "seed of everything random; same seed, same CPU: the same log", 0)
+    device: str = flag("auto", "what", "cpu, cuda, mps; auto takes the first of cuda, mps, cpu that is there")
+    out: str = flag("", "what", "folder of the run (default: runs/TASK, numbered if taken)")
+
+    steps: int = flag(200, "optimisation", "mixed steps, Algorithm 1's T; each is one optimiser step", 1)
+    warmup: int = flag(40, "optimisation", "SFT warm-up steps W before them; 0 is an ablation of Table 4", 0)
+    lr: float = flag(2e-4, "optimisation", "learning rate alpha, constant", 0)
+    weight_decay: float = flag(0.0, "optimisation", "AdamW's decoupled weight decay", 0)
+    max_norm: float = flag(1.0, "optimisation", "clip the mixed gradient to this global norm", 1e-6)
+    micro_batch: int = flag(256, "optimisation", "sequences in one forward pass: memory only, same gradient", 1)
+
+    demos: int = flag(20000, "imitation", "demonstrations that exist, each a random solver solution", 1)
+    sft_batch: int = flag(64, "imitation", "demonstrations in a step", 1)
+    beta: float = flag(1.0, "imitation", "scale of the logged implicit reward beta log(pi / pi_ref)", 0)
+
+    prompts: int = flag(32, "exploration", "prompts P in a step", 1)
+    samples: int = flag(8, "exploration", "samples G of each prompt", 1)
+    temperature: float = flag(1.0, "exploration", "sampling temperature; log-probabilities are taken at it", 0.01)
+    max_new_tokens: int = flag(40, "exploration", "longest response; longer ones are cut and count as truncated", 1)
+    reward: str = flag("binary", "exploration", "1/0 (Eq. 1), or the original's +5/-1/-2/-3",
+                       choices=("binary", "graded"))
+    advantage: str = flag("group", "exploration", "group: baseline is the mean of a prompt's samples; gae: a value "
+                          "function phi, as the paper", choices=("group", "gae"))
+    clip: float = flag(0.2, "exploration", "PPO's clip range", 0, 1)
+    ppo_epochs: int = flag(1, "exploration", "optimiser steps on each batch of rollouts", 1)
+    gamma: float = flag(1.0, "exploration", "GAE's discount", 0, 1)
+    lam: float = flag(0.95, "exploration", "GAE's lambda", 0, 1)
+    value_lr: float = flag(1e-3, "exploration", "learning rate of the value function phi", 0)
+
+    mu: float = flag(0.5, "controller", "mu at the first mixed step", 0, 1)
+    mu_min: float = flag(0.05, "controller", "the controller never sets mu below", 0, 1)
+    mu_max: float = flag(0.95, "controller", "the controller never sets mu above", 0, 1)
+    meta: bool = flag(True, "controller", "learn mu from the meta-gradient")
+    entropy: bool = flag(True, "controller", "steady mu by the policy's entropy")
+    controller: str = flag("evidence", "controller", "evidence: step by the meta-gradient's sign, as far as its "
+                           "standard error makes it sure; paper: Eq. 6 to the letter", choices=("evidence", "paper"))
+    eta_mu: float = flag(0.05, "controller", "evidence: farthest that an update moves mu; paper: learning rate", 0)
+    eta_h: float = flag(0.02, "controller", "mu's move per step and per nat of entropy away from the target", 0)
+    entropy_sign: str = flag("eq6", "controller", "eq6: entropy below target raises mu; text: it lowers mu",
+                             choices=("eq6", "text"))
+    meta_every: int = flag(4, "controller", "steps K between meta-gradients", 1)
+    meta_prompts: int = flag(32, "controller", "validation prompts in a meta-gradient, G samples each", 2)
+    evidence_decay: float = flag(0.9, "controller", "share of old meta-gradients kept at an update", 0, 1)
+    trace: float = flag(0.0, "controller", "decay of d theta/d mu over steps; 0 looks one step ahead (Eq. 5)", 0, 1)
+
+    eval_n: int = flag(1000, "reporting", "greedy samples for each split", 1)
+    save_every: int = flag(25, "reporting", "steps between states that --resume can go on from", 1)
+    sample_every: int = flag(50, "reporting", "steps between printed samples", 1)
+    smoke: bool = flag(False, "reporting", "a very short run: a few steps, small batches and evaluations")
+    resume: str = flag("", "runs", "go on with the run in this folder, with its own settings")
+    plot: str = flag("", "runs", "draw the curves of the run in this folder and stop (needs matplotlib)")
+    eval_only: bool = flag(False, "runs", "evaluate --model on every split and stop")
+
+
+SMOKE = dict(steps=6, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, meta_prompts=8, meta_every=2,
+             eval_n=100, save_every=3, sample_every=4)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Policy: prompts in, sampled token ids out, log-probabilities of exactly those ids
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Prompts left-padded, responses right-padded, so that every response starts in the same column."""
+    ids: torch.Tensor  # (B, S)
+    attention: torch.Tensor  # (B, S), 1 on real tokens
+    mask: torch.Tensor  # (B, T), 1.0 on response tokens up to and including EOS: the tokens with loss
+
+    def __getitem__(self, rows):
+        return Batch(self.ids[rows], self.attention[rows], self.mask[rows])
+
+    def __len__(self):
+        return len(self.ids)
+
+    def split(self, size):
+        return [self[start:start + size] for start in range(0, len(self), size)]
+
+    @property
+    def responses(self):  # (B, T)
+        return self.ids[:, -self.mask.shape[1]:]
+
+
+def encode_prompts(tokenizer, prompts, device):
+    """Left-padded (ids, attention), each (P, S). A chat model gets its own template, a base model the plain text."""
+    if tokenizer.chat_template:
+        prompts = [tokenizer.apply_chat_template([dict(role="user", content=p)], tokenize=False,
+                                                 add_generation_prompt=True) for p in prompts]
+    encoded = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
+                        add_special_tokens=not tokenizer.chat_template)  # a template writes its own BOS
+    return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+
+
+def encode_demos(tokenizer, episodes, device):
+    """Batch of (prompt, expert response, EOS): EOS is trained on, or the policy would never learn to stop."""
+    ids, attention = encode_prompts(tokenizer, [e.prompt for e in episodes], device)
+    responses = [tokenizer(e.expert, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+                 for e in episodes]
+    width = max(map(len, responses))
+    padded = torch.tensor([r + [tokenizer.pad_token_id] * (width - len(r)) for r in responses], device=device)
+    mask = torch.tensor([[1.0] * len(r) + [0.0] * (width - len(r)) for r in responses], device=device)
+    return Batch(torch.cat([ids, padded], 1), torch.cat([attention, mask.long()], 1), mask)
+
+
+def positions(attention):
+    return (attention.cumsum(1) - 1).clamp(min=0)
+
+
+def outputs(model, batch, temperature=1.0, theta=None):
+    """(logits (B, T, V) that predict the response tokens, last hidden states (B, T, D)) at theta, or as loaded."""
+    T = batch.mask.shape[1]
+    inputs = dict(input_ids=batch.ids, attention_mask=batch.attention, position_ids=positions(batch.attention),
+                  logits_to_keep=T + 1, output_hidden_states=True, use_cache=False)
+    out = model(**inputs) if theta is None else functional_call(model, unflatten(model, theta), kwargs=inputs)
+    # Column t of the logits predicts column t + 1 of the ids, so the response is predicted from one column earlier.
+    return out.logits[:, :-1] / temperature, out.hidden_states[-1][:, -T - 1:-1]
+
+
+def token_logps(logits, ids):
+    """Log-probability of each id. logits (B, T, V), ids (B, T) -> (B, T)."""
+    return logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def logps_of(model, batch, temperature=1.0, theta=None):
+    return token_logps(outputs(model, batch, temperature, theta)[0], batch.responses)
+
+
+def flatten(model):
+    return parameters_to_vector(model.parameters()).detach()
+
+
+def unflatten(model, theta):
+    """{parameter name: its slice of theta (N,)}; differentiable, also in forward mode."""
+    sizes = [p.numel() for p in model.parameters()]
+    return {name: part.view_as(p) for (name, p), part in zip(model.named_parameters(), theta.split(sizes))}
+
+
+class EntropyMeter(LogitsProcessor):
+    """Reads the policy's entropy (nats) off the logits that generation computes anyway; changes nothing."""
+
+    def __init__(self):
+        self.columns = []
+
+    def __call__(self, ids, logits):
+        logp = logits.log_softmax(-1)
+        self.columns.append(-(logp.exp() * logp).sum(-1))
+        return logits
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, prompts, samples=1, max_new_tokens=40, temperature=1.0):
+    """Sample G = `samples` responses to each of P prompts; temperature 0 is greedy.
+
+    Returns (Batch of B = P * G rows, a prompt's samples together; texts, B strings; mean entropy of the policy over
+    the sampled tokens, nats; share of responses cut off before EOS).
+    """
+    ids, attention = encode_prompts(tokenizer, prompts, model.device)
+    # Read each prompt once, not G times; its last token is left for generate, which then has logits to sample from.
+    cache = model(input_ids=ids[:, :-1], attention_mask=attention[:, :-1], position_ids=positions(attention)[:, :-1],
+                  use_cache=True, logits_to_keep=1).past_key_values
+    cache.batch_repeat_interleave(samples)
+    ids, attention = ids.repeat_interleave(samples, 0), attention.repeat_interleave(samples, 0)
+    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
+    meter = EntropyMeter()
+    out = model.generate(ids, attention_mask=attention, past_key_values=cache, logits_processor=[meter],
+                         generation_config=GenerationConfig(
+                             max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+                             pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, **how))
+    responses = out[:, ids.shape[1]:]
+    # Finished before this token? Told by the EOS that came, never by ids == pad: pad may be EOS, or be sampled.
+    ended = (responses == tokenizer.eos_token_id).long()
+    mask = (ended.cumsum(1) - ended == 0).float()
+    batch = Batch(out, torch.cat([attention, mask.long()], 1), mask)
+    texts = tokenizer.batch_decode([r[m.bool() & ~e.bool()] for r, m, e in zip(responses, mask, ended)])
+    entropy = (torch.stack(meter.columns, 1) * mask).sum() / mask.sum()
+    return batch, texts, entropy.item(), 1 - ended.any(1).float().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The two rewards and their losses (Eqs. 1-3). Pure functions. Both losses are sums over response tokens divided by
+# one number, the count of response tokens in the whole batch; otherwise mu would mean nothing, and a micro-batch or
+# a skipped sequence would change the gradient. Differs: the paper states no normalisation.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def sft_loss(logps, mask, tokens=None):
+    """Eq. 2: negative log-likelihood of the demonstrations. logps, mask (B, T); tokens: the batch's, if not mask's."""
+    return -(logps * mask).sum() / (mask.sum() if tokens is None else tokens)
+
+
+def implicit_reward(logps, ref_logps, mask, beta=1.0):
+    """beta log(pi(y|x) / pi_ref(y|x)) of each sequence: the reward that SFT implies (section 3.2). (B, T) -> (B,)."""
+    return beta * ((logps - ref_logps) * mask).sum(-1)
+
+
+def group_advantages(rewards):
+    """(r - mean) / population std within each prompt's samples; 0 where all are equal. rewards (P, G) -> (P, G)."""
+    if rewards.shape[1] < 2:
+        raise ValueError("group advantages need at least 2 samples of a prompt")
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = rewards.std(1, keepdim=True, correction=0)
+    return torch.where(std > 1e-6, centred / std.clamp(min=1e-6), torch.zeros_like(centred))
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalised advantage estimation (Schulman et al. 2016) over the tokens of each response.
+
+    rewards, values, mask (B, T), responses right-padded -> (advantages, returns), each (B, T), 0 on padding. The value
+    after the last token is 0: a response is an episode, also when it was cut off.
+    """
+    advantages, running, next_value = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        running = (delta + gamma * lam * running) * mask[:, t]  # padding: nothing runs past the end
+        advantages[:, t], next_value = running, values[:, t] * mask[:, t]
+    return advantages, (advantages + values) * mask
+
+
+def ppo_loss(logps, old_logps, advantages, mask, clip=0.2, tokens=None):
+    """Eq. 1's objective by PPO-clip, token by token. All (B, T); tokens: the batch's count, if not mask's.
+
+    On a batch's first step old_logps = logps.detach(), the ratio is 1 and the value of the loss says nothing; its
+    gradient does.
+    """
+    ratio = (logps - old_logps).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -(surrogate * mask).sum() / (mask.sum() if tokens is None else tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The step theta' = step(theta, g(mu), state), and its derivative in mu
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class AdamState(NamedTuple):
+    m: torch.Tensor  # (N,) first moment
+    v: torch.Tensor  # (N,) second moment
+    step: int
+
+
+def adamw_step(theta, grad, state, lr, max_norm=1.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8):
+    """clip_grad_norm_, then AdamW, as a pure function: (theta', state'). All tensors (N,)."""
+    grad = grad * (max_norm / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0)
+    step = state.step + 1
+    m = betas[0] * state.m + (1 - betas[0]) * grad
+    v = betas[1] * state.v + (1 - betas[1]) * grad * grad
+    # A token that never occurs has v = 0, where d sqrt(v) = 0/0: keep it out of the root, its derivative is 0.
+    root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)
+    update = (m / (1 - betas[0] ** step)) / (root / math.sqrt(1 - betas[1] ** step) + eps)
+    return theta * (1 - lr * weight_decay) - lr * update, AdamState(m, v, step)
+
+
+def step_sensitivity(theta, g_rl, g_sft, mu, state, **how):
+    """d theta'/d mu (N,) of the step that is really taken, exact through clipping, both moments and eps.
+
+    Differs from Eq. 5, which differentiates a plain SGD step: forward mode needs no more than the step itself.
+    """
+    def step(mu):
+        return adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, **how)[0]
+    mu = torch.as_tensor(mu, dtype=theta.dtype, device=theta.device)
+    return jvp(step, (mu,), (torch.ones_like(mu),))[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The meta-gradient (Eqs. 4-5) and the controller (Eq. 6)
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def logp_sensitivity(model, theta, tangent, batch, temperature=1.0):
+    """d log pi_theta(y|x)/d mu of each sequence (B,), along tangent = d theta/d mu (N,): one forward-mode product."""
+    def sequence_logps(theta):
+        return (logps_of(model, batch, temperature, theta) * batch.mask).sum(-1)
+    with torch.no_grad():  # no backward pass follows; forward mode is not affected
+        return jvp(sequence_logps, (theta,), (tangent,))[1]
+
+
+def meta_gradient(rewards, dlogps):
+    """dU/dmu = E_val[A d log pi(y)/d mu] and its standard error, from fresh samples of the stepped policy.
+
+    rewards, dlogps (P, G). Eq. 5's inner product <grad U, d theta'/d mu>, one number per sample: U's score-function
+    gradient with the mean of a prompt's other samples as baseline (unbiased). Prompts are the independent units.
+    """
+    P, G = rewards.shape
+    advantages = (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
+    per_prompt = (advantages * dlogps).mean(1)
+    return per_prompt.mean().item(), per_prompt.std().item() / math.sqrt(P)
+
+
+def update_mu(mu, entropy, target_entropy, meta, evidence, config):
+    """Eq. 6: mu' = clip(mu + meta force + entropy force). Returns (mu', evidence', (meta force, entropy force)).
+
+    meta: (estimate, standard error) of dU/dmu, or None between meta-gradients. evidence: (sum, variance of the sum) of
+    the estimates so far, old ones fading. Differs (controller "evidence"): dU/dmu is as small as the learning rate and
+    mostly noise, so mu moves by eta_mu times the expected sign of dU/dmu given the evidence, 2 Phi(z) - 1: the whole
+    of eta_mu if the sign is certain, next to nothing if it is not. "paper" moves it by eta_mu dU/dmu.
+    """
+    sign = 1.0 if config.entropy_sign == "eq6" else -1.0  # Differs: the paper's text contradicts its Eq. 6
+    entropy_force = sign * config.eta_h * (target_entropy - entropy) if config.entropy else 0.0
+    meta_force = 0.0
+    if meta is not None and config.controller == "paper":
+        meta_force = config.eta_mu * meta[0]
+    elif meta is not None:
+        total = config.evidence_decay * evidence[0] + meta[0]
+        variance = config.evidence_decay ** 2 * evidence[1] + meta[1] ** 2
+        evidence = (total, variance)
+        meta_force = config.eta_mu * math.erf(total / math.sqrt(2 * variance)) if variance > 0 else 0.0
+    mu = min(max(mu + meta_force + entropy_force, config.mu_min), config.mu_max)
+    return mu, evidence, (meta_force, entropy_force)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def wilson(successes, n, z=1.96):
+    """95% interval of a success rate."""
+    p, centre = successes / n, (successes + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluate(model, tokenizer, task, split, n, max_new_tokens=40, batch_size=500):
+    """Greedy success on n episodes of a split, always the same ones: {split, n, success, low, high, outcomes}."""
+    rng = random.Random(f"evaluate {split}")
+    episodes = [task.sample(split, rng) for _ in range(n)]
+    counts = Counter({name: 0 for name in OUTCOMES})
+    for start in range(0, n, batch_size):
+        part = episodes[start:start + batch_size]
+        texts = rollout(model, tokenizer, [e.prompt for e in part], 1, max_new_tokens, temperature=0)[1]
+        counts.update(e.grade(text) for e, text in zip(part, texts))
+    low, high = wilson(counts["correct"], n)
+    return dict(split=split, n=n, success=counts["correct"] / n, low=low, high=high, outcomes=dict(counts))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Algorithm 1. First its parts: the two gradients, the exploration, the look-ahead; then the loop.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def chunks(chosen, size):
+    """Indices of the rows where `chosen` (B,) holds, `size` at a time; nothing where it never holds."""
+    indices = chosen.nonzero().squeeze(1)
+    return indices.split(size) if len(indices) else ()
+
+
+def gradient(model, loss):
+    return parameters_to_vector(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def sft_gradient(model, batch, config):
+    """(grad L_SFT (N,), L_SFT, logps (B, T)) of a batch of demonstrations."""
+    tokens, grad, total, logps = batch.mask.sum(), 0.0, 0.0, []
+    for part in batch.split(config.micro_batch):
+        logps.append(logps_of(model, part))
+        loss = sft_loss(logps[-1], part.mask, tokens)
+        grad, total = grad + gradient(model, loss), total + loss.item()
+    return grad, total, torch.cat(logps).detach()
+
+
+def rl_gradient(model, phi, rollouts, config):
+    """(grad L_RL (N,), L_RL, value loss) of a batch of Rollouts; adds the value loss's gradient to phi's."""
+    batch, tokens, total, value_total = rollouts.batch, rollouts.batch.mask.sum(), 0.0, 0.0
+    grad, seen = torch.zeros_like(flatten(model)), torch.zeros_like(batch.mask)
+    # A sequence without advantage adds exactly nothing: it is left out, and stays in the denominator.
+    for rows in chunks((rollouts.advantages != 0).any(1), config.micro_batch):
+        part = batch[rows]
+        logits, hidden = outputs(model, part, config.temperature)
+        logps = token_logps(logits, part.responses)
+        seen[rows] = logps.detach()
+        # On the first step with these rollouts the policy is still the one that sampled them.
+        old_logps = (seen if rollouts.old_logps is None else rollouts.old_logps)[rows]
+        loss = ppo_loss(logps, old_logps, rollouts.advantages[rows], part.mask, config.clip, tokens)
+        grad, total = grad + gradient(model, loss), total + loss.item()
+        if phi is not None:
+            # Detached features: the value function learns beside theta, and theta moves by Eq. 3 alone.
+            error = (phi(hidden.detach()).squeeze(-1) - rollouts.returns[rows]) * part.mask
+            value_loss = 0.5 * (error ** 2).sum() / tokens
+            value_loss.backward()
+            value_total += value_loss.item()
+    rollouts.old_logps = seen if rollouts.old_logps is None else rollouts.old_logps
+    return grad, total, value_total
+
+
+@dataclass
+class Rollouts:
+    """G samples of each of P episodes, graded. Tensors (B, T) but for rewards and success (P, G)."""
+    batch: Batch
+    texts: list
+    outcomes: list
+    rewards: torch.Tensor
+    success: torch.Tensor  # 1.0 where the verifier accepts: R_explicit of Eq. 1, whatever --reward says
+    entropy: float
+    truncated: float
+    advantages: torch.Tensor = None
+    returns: torch.Tensor = None
+    old_logps: torch.Tensor = None
+
+
+def explore(model, tokenizer, episodes, config):
+    batch, texts, entropy, truncated = rollout(model, tokenizer, [e.prompt for e in episodes], config.samples,
+                                               config.max_new_tokens, config.temperature)
+    outcomes = [episodes[i // config.samples].grade(text) for i, text in enumerate(texts)]
+    success = torch.tensor([float(o == "correct") for o in outcomes], device=model.device).view(-1, config.samples)
+    graded = torch.tensor([OUTCOMES[o] for o in outcomes], device=model.device).view(-1, config.samples)
+    return Rollouts(batch, texts, outcomes, graded if config.reward == "graded" else success, success, entropy,
+                    truncated)
+
+
+@torch.no_grad()
+def add_advantages(model, phi, rollouts, config):
+    """Fill in advantages (and the value function's targets) of rewards that come with a response's last token."""
+    batch, mask = rollouts.batch, rollouts.batch.mask
+    if config.advantage == "group":
+        rollouts.advantages = group_advantages(rollouts.rewards).reshape(-1, 1) * mask
+        return
+    values = torch.cat([phi(outputs(model, part)[1]).squeeze(-1) for part in batch.split(config.micro_batch)]) * mask
+    last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask
+    advantages, rollouts.returns = gae(rollouts.rewards.reshape(-1, 1) * last, values, mask, config.gamma, config.lam)
+    mean = (advantages * mask).sum() / mask.sum()
+    std = (((advantages - mean) ** 2 * mask).sum() / mask.sum()).sqrt()
+    rollouts.advantages = (advantages - mean) / (std + 1e-8) * mask
+
+
+def look_ahead(model, tokenizer, task, state, rng, config):
+    """Eqs. 4-5 at the stepped policy theta': (dU/dmu, standard error), from fresh rollouts on validation prompts."""
+    rollouts = explore(model, tokenizer, [task.sample("val", rng) for _ in range(config.meta_prompts)], config)
+    dlogps = torch.zeros(len(rollouts.batch), device=state.theta.device)
+    signal = (rollouts.success.std(1) > 0).repeat_interleave(config.samples)  # elsewhere the advantage is exactly 0
+    for rows in chunks(signal, config.micro_batch):
+        dlogps[rows] = logp_sensitivity(model, state.theta, state.sensitivity, rollouts.batch[rows],
+                                        config.temperature)
+    return meta_gradient(rollouts.success, dlogps.view_as(rollouts.success))
+
+
+@dataclass
+class State:
+    """All that the next step depends on; what --resume reads."""
+    theta: torch.Tensor  # (N,)
+    adam: AdamState
+    mu: float
+    step: int = 0
+    evidence: tuple = (0.0, 0.0)
+    sensitivity: torch.Tensor = None  # d theta/d mu (N,) of the last step
+    target_entropy: float = None  # H*, set after the warm-up
+    rollouts: int = 0
+    seconds: float = 0.0
+
+
+def train(config, out):
+    """Algorithm 1: SFT warm-up, then mixed steps. Writes folder `out`, or goes on from the state that lies there."""
+    model, tokenizer = load_policy(config)
+    task, run = TASKS[config.task](), Run(out, config)
+    theta = flatten(model)
+    reference = theta.clone()  # pi_ref of the implicit reward: the policy before fine-tuning
+    torch.manual_seed(config.seed)
+    phi, phi_optimizer = value_function(model, config) if config.advantage == "gae" else (None, None)
+    state = State(theta, AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0), config.mu)
+    state = run.load(state, phi, phi_optimizer)
+    vector_to_parameters(state.theta, model.parameters())
+    start, last = time.time() - state.seconds, config.warmup + config.steps
+    demo_rng = random.Random(f"demos {config.seed}")
+    demos = [task.sample("train", demo_rng) for _ in range(config.demos)]
+    how = dict(lr=config.lr, max_norm=config.max_norm, weight_decay=config.weight_decay)
+    if state.step == 0:
+        run.report(0, model, tokenizer, task, config)
+
+    print(HEADER)
+    for step in tqdm(range(state.step + 1, last + 1), initial=state.step, total=last, desc=config.task, leave=False):
+        # Every step has its own seed, so a resumed run repeats the unbroken one without saved generators.
+        rng = random.Random(f"step {config.seed} {step}")
+        torch.manual_seed(rng.getrandbits(62))
+        mixed = step - config.warmup  # 1, 2, ..., T in the mixed phase; before it, warm-up on L_SFT alone
+        row, rollouts = dict(step=step, mu=1.0), None
+
+        demo_batch = encode_demos(tokenizer, rng.sample(demos, config.sft_batch), model.device)
+        if mixed > 0:
+            rollouts = explore(model, tokenizer, [task.sample("train", rng) for _ in range(config.prompts)], config)
+            add_advantages(model, phi, rollouts, config)
+            state.rollouts += len(rollouts.batch)
+            if state.target_entropy is None:
+                state.target_entropy = rollouts.entropy  # H*: these are the first samples after the warm-up
+
+            # Eqs. 4-5 every K steps, Eq. 6 at every step; the step below uses the new mu.
+            meta, forces = None, (0.0, 0.0)
+            if config.meta and mixed % config.meta_every == 0 and state.sensitivity is not None:
+                meta = look_ahead(model, tokenizer, task, state, rng, config)
+                state.rollouts += config.meta_prompts * config.samples
+            if config.meta or config.entropy:
+                state.mu, state.evidence, forces = update_mu(state.mu, rollouts.entropy, state.target_entropy, meta,
+                                                             state.evidence, config)
+            row.update(mu=state.mu, meta_force=forces[0], entropy_force=forces[1], entropy=rollouts.entropy,
+                       target_entropy=state.target_entropy)
+            row.update(zip(("meta_grad", "meta_se"), meta or ()))
+
+        for epoch in range(config.ppo_epochs if mixed > 0 else 1):
+            g_sft, row["sft_loss"], logps = sft_gradient(model, demo_batch, config)
+            g = g_sft
+            if mixed > 0:
+                g_rl, row["rl_loss"], row["value_loss"] = rl_gradient(model, phi, rollouts, config)
+                g = (1 - state.mu) * g_rl + state.mu * g_sft  # the gradient of Eq. 3
+                row["grad_cos"] = torch.cosine_similarity(g_rl, g_sft, dim=0).item()
+                if config.meta and (config.trace or (mixed + 1) % config.meta_every == 0):
+                    direct = step_sensitivity(state.theta, g_rl, g_sft, state.mu, state.adam, **how)
+                    if config.trace and state.sensitivity is not None:
+                        direct = direct + config.trace * state.sensitivity  # Xu et al. 2018: momentum pays later
+                    state.sensitivity = direct
+            row["grad_norm"] = g.norm().item()
+            check_finite(row, run)
+            state.theta, state.adam = adamw_step(state.theta, g, state.adam, **how)
+            if phi is not None:
+                phi_optimizer.step()
+                phi_optimizer.zero_grad()
+            vector_to_parameters(state.theta, model.parameters())
+
+        with torch.no_grad():
+            ref_logps = torch.cat([logps_of(model, part, theta=reference)
+                                   for part in demo_batch.split(config.micro_batch)])
+        row["implicit_reward"] = implicit_reward(logps, ref_logps, demo_batch.mask, config.beta).mean().item()
+
+        state.step, state.seconds = step, time.time() - start
+        run.log_step(row, rollouts, state, config)
+        if mixed == 0:
+            run.report(step, model, tokenizer, task, config)
+        if step % config.save_every == 0 or step == last:
+            run.save(state, phi, phi_optimizer)
+
+    run.report(last, model, tokenizer, task, config)
+    model.save_pretrained(out / "final")
+    tokenizer.save_pretrained(out / "final")
+    run.finish(state, config)
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A run's folder: metrics.jsonl (one JSON object a line), state.pt (what --resume reads), final/ (the policy)
+# ---------------------------------------------------------------------------------------------------------------
+
+STEP_KEYS = ("step", "mu", "meta_grad", "meta_se", "meta_force", "entropy_force", "entropy", "target_entropy",
+             "sft_loss", "rl_loss", "value_loss", "reward", "success", "zero_adv", "implicit_reward", "grad_norm",
+             "grad_cos", "response_len", "truncated", "rollouts", "seconds")
+COLUMNS = dict(step="5d", mu="6.3f", meta_grad="10.2e", meta_se="9.2e", entropy="8.3f", sft_loss="9.4f",
+               rl_loss="8.4f", success="8.3f", zero_adv="9.2f", grad_norm="10.3f", grad_cos="9.3f", rollouts="9d",
+               seconds="8.1f")
+
+
+def cells(row):
+    """One aligned line; blank where there is no value: no meta-gradient at this step, no rollouts in the warm-up."""
+    return " ".join(" " * int(form.split(".")[0].strip("d")) if row.get(name) is None else format(row[name], form)
+                    for name, form in COLUMNS.items())
+
+
+HEADER = " ".join(f"{name:>{form.split('.')[0].strip('d')}}" for name, form in COLUMNS.items())
+
+
+class Run:
+    def __init__(self, folder, config):
+        self.folder, self.log, self.last_state = folder, folder / "metrics.jsonl", folder / "state.pt"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.log.exists():
+            self.write("config", **dataclasses.asdict(config), python=sys.version.split()[0], torch=torch.__version__,
+                       transformers=transformers.__version__, numpy=np.__version__, threads=torch.get_num_threads(),
+                       commit=git_commit())
+
+    @classmethod
+    def at(cls, folder, flag):
+        """The run that already lies in a folder."""
+        if not (Path(folder) / "metrics.jsonl").exists():
+            raise UserError(f"{flag} {folder}: no run there (no metrics.jsonl)")
+        return cls(Path(folder), None)
+
+    def write(self, kind, **fields):
+        with open(self.log, "a") as file:
+            file.write(json.dumps(dict(kind=kind, **fields)) + "\n")
+
+    def rows(self, kind):
+        lines = self.log.read_text().split("\n")[:-1]  # a killed run may have left half a line
+        return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+    def save(self, state, phi, phi_optimizer):
+        """Atomic: a run killed in here still has its last state. The log's length says where that state stood."""
+        saved = dict(vars(state), adam=tuple(state.adam), log_bytes=self.log.stat().st_size)
+        if phi is not None:
+            saved.update(phi=phi.state_dict(), phi_optimizer=phi_optimizer.state_dict())
+        torch.save(saved, self.folder / "state.tmp")
+        os.replace(self.folder / "state.tmp", self.last_state)
+
+    def load(self, state, phi, phi_optimizer):
+        """The last saved state (or the given one, if none was), with the log cut back to where it stood."""
+        if not self.last_state.exists():
+            with open(self.log, "rb") as file:
+                os.truncate(self.log, len(file.readline()))
+            return state
+        saved = torch.load(self.last_state, map_location=state.theta.device, weights_only=True)
+        os.truncate(self.log, saved.pop("log_bytes"))
+        if phi is not None:
+            phi.load_state_dict(saved.pop("phi"))
+            phi_optimizer.load_state_dict(saved.pop("phi_optimizer"))
+        return State(**dict(saved, adam=AdamState(*saved["adam"])))
+
+    def log_step(self, row, rollouts, state, config):
+        """One line on the screen, one in the log, now and then a sample."""
+        if rollouts is not None:
+            row.update(reward=rollouts.rewards.mean().item(), success=rollouts.success.mean().item(),
+                       zero_adv=(rollouts.rewards.std(1) == 0).float().mean().item(), truncated=rollouts.truncated,
+                       response_len=rollouts.batch.mask.sum(1).mean().item())
+        row.update(rollouts=state.rollouts, seconds=round(state.seconds, 3))
+        self.write("step", **{key: row.get(key) for key in STEP_KEYS})
+        tqdm.write(cells(row))
+        if rollouts is not None and (state.step - config.warmup) % config.sample_every == 1:
+            tqdm.write(f"      {rollouts.outcomes[0]}: {rollouts.texts[0]!r}")
+
+    def report(self, step, model, tokenizer, task, config):
+        for split in task.splits:
+            self.write("eval", step=step, **evaluate(model, tokenizer, task, split, config.eval_n,
+                                                     config.max_new_tokens))
+
+    def finish(self, state, config):
+        self.write("final", step=state.step, mu=state.mu, rollouts=state.rollouts, seconds=round(state.seconds, 1))
+        stages = {config.warmup: "after warm-up", 0: "base", config.warmup + config.steps: "final"}
+        evals = self.rows("eval")
+        print_table({name: [row for row in evals if row["step"] == step] for step, name in sorted(stages.items())})
+        print(f"{state.step} steps, {state.rollouts} rollouts, {state.seconds / 60:.1f} minutes, mu {state.mu:.3f}; "
+              f"log and policy in {self.folder}")
+
+
+def print_table(columns):
+    """Greedy success in percent with its 95% interval; columns: {heading: [eval row of each split]}."""
+    print("\n" + " " * 10 + "".join(f"{heading:>22}" for heading in columns))
+    for rows in zip(*columns.values()):
+        numbers = (f"{100 * r['success']:.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" for r in rows)
+        print(f"{rows[0]['split']:10}" + "".join(f"{text:>22}" for text in numbers))
+
+
+def check_finite(row, run):
+    bad = {name: row[name] for name in ("sft_loss", "rl_loss", "value_loss", "grad_norm")
+           if not math.isfinite(row.get(name) or 0.0)}
+    if bad:
+        raise RunError(f"step {row['step']}: {bad} is not finite; the log up to the step before is in {run.folder}")
+
+
+def git_commit():
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading, checking, command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_policy(config):
+    """(model, tokenizer) of a checkpoint folder or hub name, checked against the task."""
+    try:
+        # Fused attention has no forward-mode derivative, which the meta-gradient needs: "eager" has.
+        model = AutoModelForCausalLM.from_pretrained(config.model, attn_implementation="eager", dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model {config.model}: not a checkpoint that transformers can load "
+                        f"({str(error).splitlines()[0][:100]})")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    episode = TASKS[config.task]().sample("train", random.Random(0))
+    ids = tokenizer(episode.prompt + episode.expert, add_special_tokens=False)["input_ids"]
+    if tokenizer.decode(ids).split() != (episode.prompt + episode.expert).split():
+        raise UserError(f"--model {config.model}: its tokenizer cannot encode the task {config.task} "
+                        f"(a prompt and response come back as {tokenizer.decode(ids)[-60:]!r})")
+    length = len(tokenizer(episode.expert, add_special_tokens=False)["input_ids"]) + 1
+    if length > config.max_new_tokens:
+        raise UserError(f"--max-new-tokens {config.max_new_tokens}: a demonstration has {length} with this tokenizer")
+    return model.to(config.device).eval(), tokenizer
+
+
+def value_function(model, config):
+    """phi: last hidden state -> value of a token's state, with an optimiser of its own."""
+    width = model.get_input_embeddings().weight.shape[1]
+    phi = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
+    phi = phi.to(model.device)
+    return phi, torch.optim.Adam(phi.parameters(), lr=config.value_lr)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, no usage block
+        self.exit(2, f"{self.prog}: {message}; --help lists every flag\n")
+
+
+def parse_config(argv):
+    parser = Parser(prog="amft.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    groups = {}
+    for field in dataclasses.fields(Config):
+        title = field.metadata["group"]
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        name, text = "--" + field.name.replace("_", "-"), field.metadata["help"] + " (default: %(default)s)"
+        if field.type is bool:
+            group.add_argument(name, default=field.default, help=text, action=argparse.BooleanOptionalAction)
+        else:
+            group.add_argument(name, default=field.default, help=text, type=field.type,
+                               choices=field.metadata["choices"])
+    if parser.parse_args(argv).smoke:
+        parser.set_defaults(**SMOKE)  # flags that are given still win
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def check_config(config):
+    """Raise UserError, naming the flag and what would be right."""
+    def need(ok, name, right):
+        if not ok:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be {right}")
+    for field in dataclasses.fields(Config):
+        low, high = field.metadata["low"], field.metadata["high"]
+        need(low is None or low <= getattr(config, field.name) <= high, field.name,
+             f"at least {low}" if high == math.inf else f"in [{low}, {high}]")
+    need(config.demos >= config.sft_batch, "demos", f"at least --sft-batch, {config.sft_batch}")
+    need(config.samples > 1 or (config.advantage == "gae" and not config.meta), "samples",
+         "at least 2: group advantages and the meta-gradient compare a prompt's samples")
+    need(not (config.meta or config.entropy) or config.mu_min <= config.mu <= config.mu_max, "mu",
+         f"in [--mu-min, --mu-max] = [{config.mu_min}, {config.mu_max}], or fixed by --no-meta --no-entropy")
+
+
+def resolve_device(name):
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0][:80]})")
+    return name
+
+
+def run_folder(config):
+    """--out if it holds no run yet; without it runs/TASK, runs/TASK-2, ..."""
+    if config.out:
+        if (Path(config.out) / "metrics.jsonl").exists():
+            raise UserError(f"--out {config.out}: already holds a run; --resume {config.out} goes on with it")
+        return Path(config.out)
+    names = (f"runs/{config.task}{suffix}" for suffix in [""] + [f"-{i}" for i in range(2, 10000)])
+    return next(Path(name) for name in names if not (Path(name) / "metrics.jsonl").exists())
+
+
+def resume_config(given):
+    """The run's own settings. Other flags beside --resume would be lost silently, so they are refused."""
+    if given != dataclasses.replace(Config(), resume=given.resume):
+        raise UserError("--resume goes alone: a run goes on with its own settings")
+    run = Run.at(given.resume, "--resume")
+    if run.rows("final") or not run.rows("config"):
+        raise UserError(f"--resume {given.resume}: that run is finished, or never began")
+    names = {field.name for field in dataclasses.fields(Config)}
+    settings = {name: value for name, value in run.rows("config")[0].items() if name in names}
+    return Config(**dict(settings, resume=given.resume))
+
+
+def draw(run):
+    try:
+        from results.plot import plot_run
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
+    plot_run(run)
+
+
+def main(argv=None):
+    config = parse_config(argv)
+    try:
+        if config.plot:
+            return draw(Run.at(config.plot, "--plot"))
+        config = resume_config(config) if config.resume else config
+        check_config(config)
+        folder = Path(config.resume) if config.resume else run_folder(config)
+        config = dataclasses.replace(config, device=resolve_device(config.device), out=str(folder))
+        if config.eval_only:
+            model, tokenizer = load_policy(config)
+            task = TASKS[config.task]()
+            return print_table({config.model: [evaluate(model, tokenizer, task, split, config.eval_n,
+                                                        config.max_new_tokens) for split in task.splits]})
+        train(config, folder)
+    except (UserError, RunError, KeyboardInterrupt) as error:
+        stopped = f"stopped; go on with --resume {config.out}"
+        print(f"amft.py: {stopped if isinstance(error, KeyboardInterrupt) else error}", file=sys.stderr)
+        sys.exit({UserError: 2, RunError: 1}.get(type(error), 130))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Speed, side by side in one process: our RL-only step against TRL's GRPOTrainer, and what the controller costs.
+
+    pip install trl==1.16.0 && python benchmarks/speed.py
+
+Same base policy, same prompts, same sampling (32 prompts x 8 samples, temperature 1, at most 40 tokens, one optimiser
+step each), the two alternating step by step so that a noisy machine disturbs both alike. Learning rates are 0: the
+policy stays the base, every step is a draw of the same work, and the two mean rewards must agree, which shows that
+both sample and grade the same thing.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.utils import vector_to_parameters
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import amft  # noqa: E402
+from tasks import GeneralPoints, grade  # noqa: E402
+
+
+class Ours:
+    """Our steps on a policy that never moves."""
+
+    def __init__(self, episodes):
+        self.config = amft.Config(device="cpu", lr=0.0)
+        self.model, self.tokenizer = amft.load_policy(self.config)
+        self.task, self.rng, self.episodes = GeneralPoints(), random.Random(0), episodes
+        theta = amft.flatten(self.model)
+        self.state = amft.State(theta, amft.AdamState(torch.zeros_like(theta), torch.ones_like(theta), 1), mu=0.5)
+        self.rewards = []
+
+    def draw(self):
+        return self.rng.sample(self.episodes, self.config.prompts)
+
+    def rl_gradient(self):
+        rollouts = amft.explore(self.model, self.tokenizer, self.draw(), self.config)
+        self.rewards.append(rollouts.rewards.mean().item())
+        amft.add_advantages(self.model, None, rollouts, self.config)
+        return amft.rl_gradient(self.model, None, rollouts, self.config)[0]
+
+    def step(self, gradient):
+        self.state.theta, _ = amft.adamw_step(self.state.theta, gradient, self.state.adam, lr=0.0)
+        vector_to_parameters(self.state.theta, self.model.parameters())
+
+    def rl_step(self):
+        self.step(self.rl_gradient())
+
+    def mixed_step(self):
+        """A fixed-mu step: what train() does in a step without a controller."""
+        demos = amft.encode_demos(self.tokenizer, self.rng.sample(self.episodes, self.config.sft_batch), "cpu")
+        self.g_sft, self.g_rl = amft.sft_gradient(self.model, demos, self.config)[0], self.rl_gradient()
+        with torch.no_grad():
+            amft.logps_of(self.model, demos, theta=self.state.theta)  # the logged implicit reward's reference
+        self.step((self.g_sft + self.g_rl) / 2)
+
+    def meta_step(self):
+        """What the controller adds every K steps."""
+        self.state.sensitivity = amft.step_sensitivity(self.state.theta, self.g_rl, self.g_sft, 0.5, self.state.adam,
+                                                       lr=1e-4)
+        amft.look_ahead(self.model, self.tokenizer, self.task, self.state, self.rng, self.config)
+
+
+def timed(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def against_trl(ours, steps):
+    """Seconds of our steps and of TRL's, alternating; TRL's mean rewards."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Alternate(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            trl_seconds.append(time.perf_counter() - self.start)
+            our_seconds.append(timed(ours.rl_step))
+
+    def reward(prompts, completions, numbers, **kwargs):
+        values = [float(grade(text, tuple(n)) == "correct") for text, n in zip(completions, numbers)]
+        trl_rewards.append(statistics.mean(values))
+        return values
+
+    trl_seconds, our_seconds, trl_rewards = [], [], []
+    model, tokenizer = amft.load_policy(ours.config)
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder, use_cpu=True, bf16=False, learning_rate=0.0, max_steps=steps, beta=0.0, temperature=1.0,
+            per_device_train_batch_size=ours.config.prompts * ours.config.samples, gradient_checkpointing=False,
+            num_generations=ours.config.samples, max_completion_length=ours.config.max_new_tokens, top_k=0, top_p=1.0,
+            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        data = Dataset.from_list([dict(prompt=e.prompt, numbers=list(e.numbers)) for e in ours.episodes])
+        GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer,
+                    callbacks=[Alternate()]).train()
+    return our_seconds, trl_seconds, trl_rewards
+
+
+def show(name, seconds):
+    quartiles = statistics.quantiles(seconds, n=4)
+    print(f"{name:24} median {quartiles[1]:.3f} s  (quartiles {quartiles[0]:.3f}, {quartiles[2]:.3f}; n = {len(seconds)})")
+    return quartiles[1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="steps of each kind")
+    steps = parser.parse_args().steps
+    rng, task = random.Random(1), GeneralPoints()
+    ours = Ours([task.sample("train", rng) for _ in range(2000)])
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+    fixed, meta = [], []
+    ours.mixed_step()  # warm the caches
+    for _ in range(steps):
+        fixed.append(timed(ours.mixed_step))
+        meta.append(timed(ours.meta_step))
+    fixed, meta, every = show("fixed-mu step", fixed), show("meta-gradient", meta), ours.config.meta_every
+    print(f"AMFT step / fixed-mu step, a meta-gradient every {every} steps: {1 + meta / every / fixed:.2f}")
+
+    ours.rewards.clear()
+    try:
+        our_seconds, trl_seconds, trl_rewards = against_trl(ours, steps)
+    except ImportError:
+        sys.exit("no TRL here: pip install trl==1.16.0")
+    ratio = show("TRL GRPOTrainer step", trl_seconds[1:]) / show("our RL-only step", our_seconds[1:])
+    print(f"TRL seconds / ours: {ratio:.2f}")
+    for name, rewards in (("TRL", trl_rewards), ("ours", ours.rewards)):
+        error = statistics.stdev(rewards) / len(rewards) ** 0.5
+        print(f"mean reward, {name}: {statistics.mean(rewards):.4f} +- {error:.4f}")
+
+
+if __name__ == "__main__":
+    main()
