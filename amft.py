@@ -65,7 +65,7 @@ class Config:
     device: str = flag("auto", "what", "cpu, cuda, mps; auto takes the first of cuda, mps, cpu that is there")
     out: str = flag("", "what", "folder of the run (default: runs/TASK, numbered if taken)")
 
-    steps: int = flag(200, "optimisation", "mixed steps, Algorithm 1's T; each is one optimiser step", 1)
+    steps: int = flag(120, "optimisation", "mixed steps, Algorithm 1's T; each is one optimiser step", 1)
     warmup: int = flag(40, "optimisation", "SFT warm-up steps W before them; 0 is an ablation of Table 4", 0)
     lr: float = flag(2e-4, "optimisation", "learning rate alpha, constant", 0)
     weight_decay: float = flag(0.0, "optimisation", "AdamW's decoupled weight decay", 0)
@@ -101,14 +101,14 @@ class Config:
     eta_h: float = flag(0.02, "controller", "mu's move per step and per nat of entropy away from the target", 0)
     entropy_sign: str = flag("eq6", "controller", "eq6: entropy below target raises mu; text: it lowers mu",
                              choices=("eq6", "text"))
-    meta_every: int = flag(4, "controller", "steps K between meta-gradients", 1)
+    meta_every: int = flag(5, "controller", "steps K between meta-gradients", 1)
     meta_prompts: int = flag(32, "controller", "validation prompts in a meta-gradient, G samples each", 2)
     evidence_decay: float = flag(0.9, "controller", "share of old meta-gradients kept at an update", 0, 1)
     trace: float = flag(0.0, "controller", "decay of d theta/d mu over steps; 0 looks one step ahead (Eq. 5)", 0, 1)
 
-    eval_n: int = flag(1000, "reporting", "greedy samples for each split", 1)
+    eval_n: int = flag(1000, "reporting", "greedy samples of each split", 1)
     save_every: int = flag(25, "reporting", "steps between states that --resume can go on from", 1)
-    sample_every: int = flag(50, "reporting", "steps between printed samples", 1)
+    sample_every: int = flag(50, "reporting", "mixed steps between printed samples", 1)
     smoke: bool = flag(False, "reporting", "a very short run: a few steps, small batches and evaluations")
     resume: str = flag("", "runs", "go on with the run in this folder, with its own settings")
     plot: str = flag("", "runs", "draw the curves of the run in this folder and stop (needs matplotlib)")

@@ -189,7 +189,7 @@ ALL_5, ALL_7 = ({face: n for face in FACES} for n in (5, 7))
 # pretrained on other targets for every role, but on target 24 for the train role only (see base/make.py).
 MULTISETS = list(combinations_with_replacement(range(1, 14), 4))
 ROLES = dict(zip(random.Random(24).sample(MULTISETS, len(MULTISETS)),
-                 ["train"] * 1092 + ["val"] * 182 + ["heldout"] * 546))
+                 ["train"] * 1092 + ["val"] * 364 + ["heldout"] * 364))
 
 # split: (role, rules that the prompt may state, rule that grades or None for the stated one, needs a face card)
 SPLITS = {

@@ -448,6 +448,14 @@ def test_log_probabilities_do_not_depend_on_the_company(base, tokenizer):
             np.testing.assert_allclose(row[:len(response)], expected, atol=2e-4)
 
 
+def test_left_padding_keeps_absolute_positions():
+    """GPT-2 learns a vector for each position, so that a prompt shifted by its padding would show."""
+    model, batch = toy_model(), sequences(PROMPTS[1])
+    pad = torch.zeros(len(ALL), 2, dtype=torch.long)
+    padded = amft.Batch(torch.cat([pad, batch.ids], 1), torch.cat([pad, batch.attention], 1), batch.mask)
+    torch.testing.assert_close(amft.logps_of(model, padded).sum(1), exact_logps(model, PROMPTS[1]))
+
+
 def test_rollout_samples_the_policy(base, tokenizer):
     model, rng, task = base[0], random.Random(SEED), tasks.GeneralPoints()
     prompts = [task.sample("train", rng).prompt for _ in range(3)]

@@ -1,0 +1,98 @@
+"""Break the code on purpose, one silent bug at a time, and see the named test fail.
+
+    python benchmarks/mutants.py
+
+Each row: file, the text that is there, what the bug puts in its place, the test that must catch it. The bug is made in
+a copy of the project. A row whose text is no longer there, or whose test still passes, is reported and fails the run.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MUTANTS = [
+    # the step
+    ("amft.py", "(torch.linalg.vector_norm(grad) + 1e-6)", "(grad.abs().max() + 1e-6)", "step_equals_torch"),
+    ("amft.py", "m / (1 - betas[0] ** step)", "m", "step_equals_torch"),
+    ("amft.py", "theta * (1 - lr * weight_decay)", "theta * (1 - weight_decay)", "step_equals_torch"),
+    ("amft.py", "root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)", "root = v.sqrt()",
+     "sensitivity_is_finite"),
+    # the meta-gradient
+    ("amft.py", "(1 - mu) * g_rl + mu * g_sft, state, **how)", "mu * g_rl + (1 - mu) * g_sft, state, **how)",
+     "finite_difference"),
+    ("amft.py", "(logps_of(model, batch, temperature, theta) * batch.mask).sum(-1)",
+     "logps_of(model, batch, temperature, theta)[:, 0]", "finite_difference or per_sample"),
+    ("amft.py", "* G / (G - 1)", "", "unbiased"),
+    ("amft.py", "per_prompt.std().item() / math.sqrt(P)", "per_prompt.std().item() / math.sqrt(P * G)", "unbiased"),
+    # the controller
+    ("amft.py", "(target_entropy - entropy)", "(entropy - target_entropy)", "hand_computed"),
+    ("amft.py", "config.evidence_decay ** 2 * evidence[1]", "config.evidence_decay * evidence[1]", "hand_computed"),
+    ("amft.py", "math.sqrt(2 * variance)", "math.sqrt(variance)", "hand_computed or calibrated"),
+    ("amft.py", "max(mu + meta_force + entropy_force, config.mu_min)", "mu + meta_force + entropy_force", "hand_computed"),
+    # losses and advantages
+    ("amft.py", "return -(logps * mask).sum()", "return -logps.sum()", "slow_loops"),
+    ("amft.py", "torch.minimum(ratio * advantages", "torch.maximum(ratio * advantages", "slow_loops"),
+    ("amft.py", "(ratio * advantages, ratio.clamp(1 - clip, 1 + clip)", "(ratio * advantages, ratio.clamp(1, 1 + clip)",
+     "slow_loops"),
+    ("amft.py", "return -(surrogate * mask)", "return (surrogate * mask)", "slow_loops"),
+    ("amft.py", "std(1, keepdim=True, correction=0)", "std(1, keepdim=True)", "by_hand"),
+    ("amft.py", "gamma * lam * running) * mask[:, t]", "gamma * running) * mask[:, t]", "gae"),
+    ("amft.py", "beta * ((logps - ref_logps) * mask)", "beta * ((ref_logps - logps) * mask)", "slow_loops"),
+    ("amft.py", "tokens, grad, total, logps = batch.mask.sum()", "tokens, grad, total, logps = None",
+     "micro_batches"),
+    ("amft.py", "part.mask, config.clip, tokens)", "part.mask, config.clip)", "micro_batches"),
+    # the policy
+    ("amft.py", "return out.logits[:, :-1] / temperature", "return out.logits[:, 1:] / temperature", "company"),
+    ("amft.py", "position_ids=positions(batch.attention),", "", "absolute_positions"),
+    ("amft.py", "+ [tokenizer.eos_token_id]\n", "\n", "company"),
+    ("amft.py", "mask = (ended.cumsum(1) - ended == 0).float()", "mask = (ended.cumsum(1) == 0).float()",
+     "rollout_samples"),
+    ("amft.py", "attention_mask=batch.attention", "attention_mask=torch.ones_like(batch.attention)", "company"),
+    ("amft.py", "top_k=0, top_p=1.0", "top_k=50, top_p=1.0", "frequencies"),
+    ("amft.py", "self.columns.append(-(logp.exp() * logp)", "self.columns.append((logp.exp() * logp)", "rollout_samples"),
+    # the loop
+    ("amft.py", 'random.Random(f"step {config.seed} {step}")', "random.Random()", "same_seed"),
+    ("amft.py", "os.truncate(self.log, saved.pop(\"log_bytes\"))", "saved.pop(\"log_bytes\")", "killed"),
+    ("amft.py", "adam=AdamState(*saved[\"adam\"])", "adam=state.adam", "killed"),
+    ("amft.py", "g = (1 - state.mu) * g_rl + state.mu * g_sft", "g = g_rl + state.mu * g_sft", "mu_one"),
+    ("amft.py", "if not math.isfinite(row.get(name) or 0.0)", "if False", "non_finite"),
+    # the task
+    ("tasks.py", "if sorted(used) != sorted(numbers):", "if set(used) != set(numbers):", "hostile or bracketing"),
+    ("tasks.py", "if len(dict(pairs)) < len(pairs):", "if False:", "hostile"),
+    ("tasks.py", "if len(response) > MAX_RESPONSE:", "if False:", "hostile"),
+    ("tasks.py", '(op == "/" and pb == MUL)', "False", "brute_force"),
+    ("tasks.py", '"/": a / target', '"/": target * a', "brute_force"),
+    ("tasks.py", 'if ROLES[tuple(sorted(numbers))] == role and', "if", "disjoint"),
+    ("base/make.py", "if value == tasks.TARGET and", "if False and", "pretraining"),
+]
+
+
+def caught(file, old, new, test):
+    """True if the test fails on the mutant, and the mutant could be made."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "results", "runs", "*.pt", "__pycache__"))
+        text = (copy / file).read_text()
+        if old not in text:
+            return "text not found"
+        (copy / file).write_text(text.replace(old, new))
+        code = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", test],
+                              cwd=copy, capture_output=True).returncode
+        return {0: "SURVIVED", 1: "caught", 5: "no such test"}.get(code, f"pytest exit code {code}")
+
+
+def main():
+    bad = 0
+    for file, old, new, test in MUTANTS:
+        result = caught(file, old, new, test)
+        bad += result != "caught"
+        print(f"{result:15} {test:28} {file}: {' '.join(old.split())[:50]} -> {' '.join(new.split())[:50]}", flush=True)
+    print(f"{len(MUTANTS) - bad} of {len(MUTANTS)} silent bugs caught")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
