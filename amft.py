@@ -67,7 +67,8 @@ class Config:
 
     steps: int = flag(120, "optimisation", "mixed steps, Algorithm 1's T; each is one optimiser step", 1)
     warmup: int = flag(40, "optimisation", "SFT warm-up steps W before them; 0 is an ablation of Table 4", 0)
-    lr: float = flag(2e-4, "optimisation", "learning rate alpha, constant", 0)
+    lr: float = flag(3e-4, "optimisation", "learning rate alpha at the first step", 0)
+    decay: bool = flag(True, "optimisation", "alpha falls linearly to 0 over the run")
     weight_decay: float = flag(0.0, "optimisation", "AdamW's decoupled weight decay", 0)
     max_norm: float = flag(1.0, "optimisation", "clip the mixed gradient to this global norm", 1e-6)
     micro_batch: int = flag(256, "optimisation", "sequences in one forward pass: memory only, same gradient", 1)
@@ -214,8 +215,8 @@ class EntropyMeter(LogitsProcessor):
 def rollout(model, tokenizer, prompts, samples=1, max_new_tokens=40, temperature=1.0):
     """Sample G = `samples` responses to each of P prompts; temperature 0 is greedy.
 
-    Returns (Batch of B = P * G rows, a prompt's samples together; texts, B strings; mean entropy of the policy over
-    the sampled tokens, nats; share of responses cut off before EOS).
+    Returns (Batch of B = P * G rows, a prompt's samples together; texts, B strings; mean entropy of the policy, at
+    temperature 1, over the sampled tokens, nats; share of responses cut off before EOS).
     """
     ids, attention = encode_prompts(tokenizer, prompts, model.device)
     # Read each prompt once, not G times; its last token is left for generate, which then has logits to sample from.
@@ -353,20 +354,20 @@ def update_mu(mu, entropy, target_entropy, meta, evidence, config):
     """Eq. 6: mu' = clip(mu + meta force + entropy force). Returns (mu', evidence', (meta force, entropy force)).
 
     meta: (estimate, standard error) of dU/dmu, or None between meta-gradients. evidence: (sum, variance of the sum) of
-    the estimates so far, old ones fading. Differs (controller "evidence"): dU/dmu is as small as the learning rate and
-    mostly noise, so mu moves by eta_mu times the expected sign of dU/dmu given the evidence, 2 Phi(z) - 1: the whole
-    of eta_mu if the sign is certain, next to nothing if it is not. "paper" moves it by eta_mu dU/dmu.
+    the estimates so far, each in units of its standard error, old ones fading. Differs (controller "evidence"): dU/dmu
+    is as small as the learning rate and mostly noise, so mu moves by eta_mu times the expected sign of dU/dmu given
+    the evidence, 2 Phi(z) - 1: all of eta_mu where the sign is certain, next to nothing where it is not. Controller
+    "paper" moves mu by eta_mu dU/dmu.
     """
     sign = 1.0 if config.entropy_sign == "eq6" else -1.0  # Differs: the paper's text contradicts its Eq. 6
     entropy_force = sign * config.eta_h * (target_entropy - entropy) if config.entropy else 0.0
     meta_force = 0.0
     if meta is not None and config.controller == "paper":
         meta_force = config.eta_mu * meta[0]
-    elif meta is not None:
-        total = config.evidence_decay * evidence[0] + meta[0]
-        variance = config.evidence_decay ** 2 * evidence[1] + meta[1] ** 2
-        evidence = (total, variance)
-        meta_force = config.eta_mu * math.erf(total / math.sqrt(2 * variance)) if variance > 0 else 0.0
+    elif meta is not None and meta[1] > 0:  # no group with signal: nothing is known, nothing moves
+        total = config.evidence_decay * evidence[0] + meta[0] / meta[1]
+        variance = config.evidence_decay ** 2 * evidence[1] + 1
+        evidence, meta_force = (total, variance), config.eta_mu * math.erf(total / math.sqrt(2 * variance))
     mu = min(max(mu + meta_force + entropy_force, config.mu_min), config.mu_max)
     return mu, evidence, (meta_force, entropy_force)
 
@@ -376,24 +377,34 @@ def update_mu(mu, entropy, target_entropy, meta, evidence, config):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def wilson(successes, n, z=1.96):
-    """95% interval of a success rate."""
-    p, centre = successes / n, (successes + z * z / 2) / (n + z * z)
+def interval(hits, units, z=1.96):
+    """95% interval of a success rate whose samples come in clusters: Wilson's, at the effective sample size.
+
+    hits: list of 0/1; units: the cluster of each. All orders of one multiset of numbers tend to be solved or missed
+    together, so a thousand deals are worth far fewer independent ones; without this the interval is too narrow.
+    """
+    n, p, residuals = len(hits), sum(hits) / len(hits), Counter()
+    for hit, unit in zip(hits, units):
+        residuals[unit] += hit - p
+    variance = sum(r * r for r in residuals.values()) / n ** 2  # of p, with clusters as the independent draws
+    n = min(n, p * (1 - p) / variance) if variance > 0 else n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return min(p, centre - half), max(p, centre + half)
 
 
 def evaluate(model, tokenizer, task, split, n, max_new_tokens=40, batch_size=500):
     """Greedy success on n episodes of a split, always the same ones: {split, n, success, low, high, outcomes}."""
     rng = random.Random(f"evaluate {split}")
-    episodes = [task.sample(split, rng) for _ in range(n)]
-    counts = Counter({name: 0 for name in OUTCOMES})
+    episodes, outcomes = [task.sample(split, rng) for _ in range(n)], []
     for start in range(0, n, batch_size):
         part = episodes[start:start + batch_size]
         texts = rollout(model, tokenizer, [e.prompt for e in part], 1, max_new_tokens, temperature=0)[1]
-        counts.update(e.grade(text) for e, text in zip(part, texts))
-    low, high = wilson(counts["correct"], n)
-    return dict(split=split, n=n, success=counts["correct"] / n, low=low, high=high, outcomes=dict(counts))
+        outcomes += [e.grade(text) for e, text in zip(part, texts)]
+    hits = [int(outcome == "correct") for outcome in outcomes]
+    low, high = interval(hits, [e.unit for e in episodes])
+    return dict(split=split, n=n, success=sum(hits) / n, low=low, high=high,
+                outcomes={name: outcomes.count(name) for name in OUTCOMES})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -448,6 +459,7 @@ def rl_gradient(model, phi, rollouts, config):
 @dataclass
 class Rollouts:
     """G samples of each of P episodes, graded. Tensors (B, T) but for rewards and success (P, G)."""
+    episodes: list
     batch: Batch
     texts: list
     outcomes: list
@@ -466,8 +478,8 @@ def explore(model, tokenizer, episodes, config):
     outcomes = [episodes[i // config.samples].grade(text) for i, text in enumerate(texts)]
     success = torch.tensor([float(o == "correct") for o in outcomes], device=model.device).view(-1, config.samples)
     graded = torch.tensor([OUTCOMES[o] for o in outcomes], device=model.device).view(-1, config.samples)
-    return Rollouts(batch, texts, outcomes, graded if config.reward == "graded" else success, success, entropy,
-                    truncated)
+    rewards = graded if config.reward == "graded" else success
+    return Rollouts(episodes, batch, texts, outcomes, rewards, success, entropy, truncated)
 
 
 @torch.no_grad()
@@ -524,7 +536,6 @@ def train(config, out):
     start, last = time.time() - state.seconds, config.warmup + config.steps
     demo_rng = random.Random(f"demos {config.seed}")
     demos = [task.sample("train", demo_rng) for _ in range(config.demos)]
-    how = dict(lr=config.lr, max_norm=config.max_norm, weight_decay=config.weight_decay)
     if state.step == 0:
         run.report(0, model, tokenizer, task, config)
 
@@ -535,6 +546,8 @@ def train(config, out):
         torch.manual_seed(rng.getrandbits(62))
         mixed = step - config.warmup  # 1, 2, ..., T in the mixed phase; before it, warm-up on L_SFT alone
         row, rollouts = dict(step=step, mu=1.0), None
+        how = dict(lr=config.lr * (1 - (step - 1) / last if config.decay else 1), max_norm=config.max_norm,
+                   weight_decay=config.weight_decay)
 
         demo_batch = encode_demos(tokenizer, rng.sample(demos, config.sft_batch), model.device)
         if mixed > 0:
@@ -671,10 +684,10 @@ class Run:
         self.write("step", **{key: row.get(key) for key in STEP_KEYS})
         tqdm.write(cells(row))
         if rollouts is not None and (state.step - config.warmup) % config.sample_every == 1:
-            tqdm.write(f"      {rollouts.outcomes[0]}: {rollouts.texts[0]!r}")
+            tqdm.write(f"\n{rollouts.episodes[0].prompt}{rollouts.texts[0]}\n-> {rollouts.outcomes[0]}\n")
 
     def report(self, step, model, tokenizer, task, config):
-        for split in task.splits:
+        for split in tqdm(task.splits, desc="evaluation", leave=False):
             self.write("eval", step=step, **evaluate(model, tokenizer, task, split, config.eval_n,
                                                      config.max_new_tokens))
 
@@ -717,13 +730,14 @@ def git_commit():
 
 def load_policy(config):
     """(model, tokenizer) of a checkpoint folder or hub name, checked against the task."""
+    transformers.utils.logging.disable_progress_bar()
     try:
         # Fused attention has no forward-mode derivative, which the meta-gradient needs: "eager" has.
         model = AutoModelForCausalLM.from_pretrained(config.model, attn_implementation="eager", dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own error
         raise UserError(f"--model {config.model}: not a checkpoint that transformers can load "
-                        f"({str(error).splitlines()[0][:100]})")
+                        f"({(str(error).splitlines() or [type(error).__name__])[0][:100]})")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     episode = TASKS[config.task]().sample("train", random.Random(0))
     ids = tokenizer(episode.prompt + episode.expert, add_special_tokens=False)["input_ids"]

@@ -3,11 +3,12 @@
 First defined in "SFT Memorizes, RL Generalizes" (Chu et al. 2025, arXiv 2501.17161, appendix A), whose rule shift
 (J = Q = K = 10 in training; 11, 12, 13 when tested) is the out-of-distribution question of AMFT's experiments.
 
-A task has four members, and `amft.py` knows nothing else about it:
+A task has these members, and `amft.py` knows nothing else about it:
     splits                       name of each evaluation split -> what it asks
     sample(split, rng)           one Episode, drawn with a random.Random
     Episode.prompt, .expert      the text shown to the policy; one correct response to it
     Episode.grade(response)      the name of the outcome, one of OUTCOMES
+    Episode.unit                 episodes of one unit are solved or missed together: intervals count units
 
 Run `python tasks.py` to see one episode of each split.
 """
@@ -235,6 +236,11 @@ class Episode:
     @property
     def expert(self):
         return write_response(self.ranks, self.numbers, self.formula)
+
+    @property
+    def unit(self):
+        """What a split holds or does not hold: the multiset of numbers. Deals of one unit are not independent."""
+        return tuple(sorted(self.numbers))
 
     def grade(self, response):
         return grade(response, self.numbers)

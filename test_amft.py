@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,12 +309,12 @@ def test_controller_on_hand_computed_values():
     assert mu == pytest.approx(0.5 - 0.3 + 0.1) and forces == pytest.approx((-0.3, 0.1))
     assert update(0.5, 0.0, 9.0, None, (0.0, 0.0), controller())[0] == 0.9  # mu_max
     assert update(0.5, 9.0, 0.0, None, (0.0, 0.0), controller())[0] == 0.1  # mu_min
-    # Evidence: z = 2 moves mu by eta_mu (2 Phi(2) - 1) = 0.1 * 0.9544997.
+    # Evidence: z = -2 moves mu by eta_mu (2 Phi(-2) - 1) = -0.1 * 0.9544997.
     mu, evidence, forces = update(0.5, 1.0, 1.0, (-4.0, 2.0), (0.0, 0.0), controller())
-    assert forces[0] == pytest.approx(-0.09544997) and evidence == pytest.approx((-4.0, 4.0))
-    # Then 0.5 * -4 + 2 = 0 with variance 0.25 * 4 + 1: contradicting evidence cancels.
-    mu, evidence, forces = update(mu, 1.0, 1.0, (2.0, 1.0), evidence, controller())
-    assert forces[0] == 0 and evidence == pytest.approx((0.0, 2.0))
+    assert forces[0] == pytest.approx(-0.09544997) and evidence == pytest.approx((-2.0, 1.0))
+    # Then 0.5 * -2 + 1 = 0 with variance 0.25 * 1 + 1: contradicting evidence cancels.
+    mu, evidence, forces = update(mu, 1.0, 1.0, (3.0, 3.0), evidence, controller())
+    assert forces[0] == 0 and evidence == pytest.approx((0.0, 1.25))
     # No group with signal: nothing is known, nothing moves.
     assert update(0.5, 1.0, 1.0, (0.0, 0.0), (0.0, 0.0), controller())[0] == 0.5
 
@@ -619,6 +620,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tiny, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "metrics.jsonl").write_text("precious")
     (tmp_path / "empty").mkdir()
+    shutil.copytree(tiny, tmp_path / "corrupt")
+    (tmp_path / "corrupt" / "model.safetensors").write_bytes(b"x" * 100)
     foreign = tmp_path / "foreign"
     LlamaForCausalLM.from_pretrained(tiny).save_pretrained(foreign)
     make = importlib.import_module("make")
@@ -630,15 +633,15 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tiny, tmp_path, capsys):
             (["--samples", "1"], "--samples 1"), (["--mu", "1.5"], "--mu 1.5"), (["--mu", "nan"], "--mu nan"),
             (["--mu", "1"], "--mu-max"), (["--lr", "0"], "--lr 0"), (["--steps", "many"], "'many'"),
             (["--out", str(tmp_path / "taken")], "already holds a run"),
-            (["--model", str(tmp_path / "empty")], "not a checkpoint"), (["--model", "no/such"], "not a checkpoint"),
+            (["--model", str(tmp_path / "empty")], "not a checkpoint"),
+            (["--model", str(tmp_path / "corrupt")], "not a checkpoint"), (["--model", "no/such"], "not a checkpoint"),
             (["--model", str(foreign)], "tokenizer cannot encode"), (["--max-new-tokens", "9"], "--max-new-tokens 9"),
             (["--device", "quantum"], "--device quantum"), (["--demos", "3"], "--demos 3"),
             (["--resume", str(tmp_path / "empty")], "no run there"), (["--plot", str(tmp_path)], "no run there"),
             (["--resume", str(tmp_path), "--lr", "1"], "--resume goes alone")):
         error = fails([*argv, "--out", str(tmp_path / "unused")] if "--out" not in argv and "--resume" not in argv
                       else argv, capsys)
-        lines = [line for line in error.splitlines() if "Loading weights" not in line]
-        assert len(lines) == 1 and lines[0].startswith("amft.py: ") and says in lines[0], error
+        assert len(error.splitlines()) == 1 and error.startswith("amft.py: ") and says in error, error
     assert (tmp_path / "taken" / "metrics.jsonl").read_text() == "precious"
     assert not (tmp_path / "unused").exists()
 
@@ -678,7 +681,23 @@ def test_amft_learns(tmp_path):
     amft.main(["--task", "gp", "--warmup", "40", "--steps", "8", "--eval-n", "300", "--out", str(tmp_path / "run"),
                "--device", "cpu", "--lr", "5e-4", "--seed", str(SEED)])
     success = [row["success"] for row in read(tmp_path / "run") if row["kind"] == "eval" and row["split"] == "id"]
-    assert success[0] < 0.3 and success[-1] > success[0] + 0.05
+    assert success[0] < 0.4 and success[-1] > success[0] + 0.05
+
+
+def test_interval_covers_when_deals_come_in_clusters():
+    """60 multisets, each solved or missed as a whole: the interval must hold the true rate about 95% of the time, and
+    without clusters it is Wilson's."""
+    rng, covered, narrow = random.Random(SEED), 0, 0
+    for _ in range(400):
+        solved = [rng.random() < 0.4 for _ in range(60)]
+        units = [rng.randrange(60) for _ in range(1000)]
+        low, high = amft.interval([int(solved[u]) for u in units], units)
+        covered, narrow = covered + (low <= 0.4 <= high), narrow + (high - low < 0.1)
+    assert 0.90 < covered / 400 < 0.99 and narrow == 0
+    low, high = amft.interval([1] * 30 + [0] * 70, range(100))
+    assert (low, high) == pytest.approx((0.2189, 0.3958), abs=1e-3)  # Wilson 1927, 30 of 100
+    low, high = amft.interval([0] * 50, range(50))
+    assert low == 0 and 0.06 < high < 0.08
 
 
 # --- General Points -----------------------------------------------------------------------------------------------
