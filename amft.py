@@ -65,9 +65,9 @@ class Config:
     device: str = flag("auto", "what", "cpu, cuda, mps; auto takes the first of cuda, mps, cpu that is there")
     out: str = flag("", "what", "folder of the run (default: runs/TASK, numbered if taken)")
 
-    steps: int = flag(120, "optimisation", "mixed steps, Algorithm 1's T; each is one optimiser step", 1)
-    warmup: int = flag(40, "optimisation", "SFT warm-up steps W before them; 0 is an ablation of Table 4", 0)
-    lr: float = flag(3e-4, "optimisation", "learning rate alpha at the first step", 0)
+    steps: int = flag(100, "optimisation", "mixed steps, Algorithm 1's T; each is one optimiser step", 1)
+    warmup: int = flag(10, "optimisation", "SFT warm-up steps W before them; 0 is an ablation of Table 4", 0)
+    lr: float = flag(1e-4, "optimisation", "learning rate alpha at the first step", 0)
     decay: bool = flag(True, "optimisation", "alpha falls linearly to 0 over the run")
     weight_decay: float = flag(0.0, "optimisation", "AdamW's decoupled weight decay", 0)
     max_norm: float = flag(1.0, "optimisation", "clip the mixed gradient to this global norm", 1e-6)
@@ -83,8 +83,8 @@ class Config:
     max_new_tokens: int = flag(40, "exploration", "longest response; longer ones are cut and count as truncated", 1)
     reward: str = flag("binary", "exploration", "1/0 (Eq. 1), or the original's +5/-1/-2/-3",
                        choices=("binary", "graded"))
-    advantage: str = flag("group", "exploration", "group: baseline is the mean of a prompt's samples; gae: a value "
-                          "function phi, as the paper", choices=("group", "gae"))
+    advantage: str = flag("gae", "exploration", "gae: a value function phi, as the paper; group: the baseline is the "
+                          "mean of a prompt's samples, cheaper", choices=("gae", "group"))
     clip: float = flag(0.2, "exploration", "PPO's clip range", 0, 1)
     ppo_epochs: int = flag(1, "exploration", "optimiser steps on each batch of rollouts", 1)
     gamma: float = flag(1.0, "exploration", "GAE's discount", 0, 1)
@@ -99,7 +99,7 @@ class Config:
     controller: str = flag("evidence", "controller", "evidence: step by the meta-gradient's sign, as far as its "
                            "standard error makes it sure; paper: Eq. 6 to the letter", choices=("evidence", "paper"))
     eta_mu: float = flag(0.05, "controller", "evidence: farthest that an update moves mu; paper: learning rate", 0)
-    eta_h: float = flag(0.02, "controller", "mu's move per step and per nat of entropy away from the target", 0)
+    eta_h: float = flag(0.5, "controller", "mu's move per step and per nat of entropy away from the target", 0)
     entropy_sign: str = flag("eq6", "controller", "eq6: entropy below target raises mu; text: it lowers mu",
                              choices=("eq6", "text"))
     meta_every: int = flag(5, "controller", "steps K between meta-gradients", 1)
@@ -433,7 +433,10 @@ def sft_gradient(model, batch, config):
 
 
 def rl_gradient(model, phi, rollouts, config):
-    """(grad L_RL (N,), L_RL, value loss) of a batch of Rollouts; adds the value loss's gradient to phi's."""
+    """(grad L_RL (N,), L_RL, value loss) of a batch of Rollouts.
+
+    Leaves two things behind: the value loss's gradient in phi, and, on the first step, rollouts.old_logps.
+    """
     batch, tokens, total, value_total = rollouts.batch, rollouts.batch.mask.sum(), 0.0, 0.0
     grad, seen = torch.zeros_like(flatten(model)), torch.zeros_like(batch.mask)
     # A sequence without advantage adds exactly nothing: it is left out, and stays in the denominator.

@@ -248,7 +248,7 @@ def test_meta_gradient_is_unbiased_and_its_standard_error_covers():
 
 def test_published_settings_leave_mu_to_the_entropy_term(tokenizer):
     """Policy learning rate 1e-6, eta_mu 1e-4, a meta-gradient every 20 of 500 steps: mu moves by less than 1e-6."""
-    config = amft.Config(controller="paper", eta_mu=1e-4, entropy=False, lr=1e-6, device="cpu")
+    config = amft.Config(controller="paper", eta_mu=1e-4, entropy=False, lr=1e-6, advantage="group", device="cpu")
     model, _ = amft.load_policy(config)
     task, rng = tasks.GeneralPoints(), random.Random(SEED)
     theta = amft.flatten(model)
@@ -503,7 +503,7 @@ def test_sampling_frequencies_and_truncation(tiny, tokenizer):
 def test_gradients_do_not_depend_on_micro_batches_and_silent_groups_add_nothing(base, tokenizer):
     model, rng, task = base[0], random.Random(SEED), tasks.GeneralPoints()
     episodes = [task.sample("train", rng) for _ in range(6)]
-    config = amft.Config(samples=4, device="cpu")
+    config = amft.Config(samples=4, advantage="group", device="cpu")
     rollouts = amft.explore(model, tokenizer, episodes, config)
     rollouts.rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0], [0] * 4, [1, 1, 1, 0]])
     amft.add_advantages(model, None, rollouts, config)
@@ -539,7 +539,7 @@ def test_mu_one_is_sft_mu_zero_is_rl_and_no_advantage_is_sft(tiny, tmp_path, mon
     policy that never solves a deal moves as mu L_SFT alone would."""
     # Rewards that this random policy does get, so that its RL gradient is not zero.
     monkeypatch.setattr(tasks.Episode, "grade", lambda self, text: "correct" if len(text) % 2 else "no_answer")
-    fixed = ["--no-meta", "--no-entropy", "--warmup", "0", "--steps", "2"]
+    fixed = ["--no-meta", "--no-entropy", "--warmup", "0", "--steps", "2", "--advantage", "group"]
     plain = {mu: tiny_run(tiny, tmp_path / f"mu{mu}", *fixed, "--mu", str(mu)) for mu in (0, 1)}
     assert plain[0][-1]["kind"] == "final"
     for mu, name in ((1, "rl_gradient"), (0, "sft_gradient")):
@@ -581,7 +581,7 @@ def test_same_seed_same_log_and_every_key_is_there(tiny, tmp_path):
     assert last["rollouts"] == 6 * 32 + 3 * 32
 
 
-@pytest.mark.parametrize("flags", [[], ["--advantage", "gae", "--ppo-epochs", "2", "--trace", "0.9"]])
+@pytest.mark.parametrize("flags", [["--advantage", "group"], ["--ppo-epochs", "2", "--trace", "0.9"]])
 def test_killed_run_goes_on_bit_for_bit(tiny, tmp_path, flags):
     tiny_run(tiny, tmp_path / "unbroken", *flags)
     command = [sys.executable, str(HERE / "amft.py"), "--task", "gp", "--smoke", "--model", tiny, "--out",

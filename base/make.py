@@ -1,7 +1,7 @@
 """Make the base policy from nothing: a word-level tokenizer and a small Llama, pretrained on synthetic text.
 
-    python base/make.py                     # writes this folder; 4 layers x 128, seeded
-    python base/make.py --steps 20 --out /tmp/base
+    python base/make.py --compile                     # writes this folder; 51 minutes on two CPU cores, also busy
+    python base/make.py --steps 20 --out some/folder  # a trial
 
 The text is the prompt and the response of General Points with everything about the game drawn at random: four cards,
 what J, Q and K count as (1..13 each; half the time all three alike), a random formula over the four numbers, and as

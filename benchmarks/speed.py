@@ -27,12 +27,14 @@ from tasks import GeneralPoints, grade  # noqa: E402
 class Ours:
     """Our steps on a policy that never moves."""
 
-    def __init__(self, episodes):
-        self.config = amft.Config(device="cpu", lr=0.0)
+    def __init__(self, episodes, **settings):
+        self.config = amft.Config(device="cpu", lr=0.0, **settings)
         self.model, self.tokenizer = amft.load_policy(self.config)
         self.task, self.rng, self.episodes = GeneralPoints(), random.Random(0), episodes
         theta = amft.flatten(self.model)
         self.state = amft.State(theta, amft.AdamState(torch.zeros_like(theta), torch.ones_like(theta), 1), mu=0.5)
+        gae = self.config.advantage == "gae"
+        self.phi = amft.value_function(self.model, self.config)[0] if gae else None
         self.rewards = []
 
     def draw(self):
@@ -41,8 +43,8 @@ class Ours:
     def rl_gradient(self):
         rollouts = amft.explore(self.model, self.tokenizer, self.draw(), self.config)
         self.rewards.append(rollouts.rewards.mean().item())
-        amft.add_advantages(self.model, None, rollouts, self.config)
-        return amft.rl_gradient(self.model, None, rollouts, self.config)[0]
+        amft.add_advantages(self.model, self.phi, rollouts, self.config)
+        return amft.rl_gradient(self.model, self.phi, rollouts, self.config)[0]
 
     def step(self, gradient):
         self.state.theta, _ = amft.adamw_step(self.state.theta, gradient, self.state.adam, lr=0.0)
@@ -116,18 +118,20 @@ def main():
     parser.add_argument("--steps", type=int, default=20, help="steps of each kind")
     steps = parser.parse_args().steps
     rng, task = random.Random(1), GeneralPoints()
-    ours = Ours([task.sample("train", rng) for _ in range(2000)])
+    episodes = [task.sample("train", rng) for _ in range(2000)]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
 
-    fixed, meta = [], []
-    ours.mixed_step()  # warm the caches
-    for _ in range(steps):
-        fixed.append(timed(ours.mixed_step))
-        meta.append(timed(ours.meta_step))
-    fixed, meta, every = show("fixed-mu step", fixed), show("meta-gradient", meta), ours.config.meta_every
-    print(f"AMFT step / fixed-mu step, a meta-gradient every {every} steps: {1 + meta / every / fixed:.2f}")
+    for advantage in ("gae", "group"):
+        ours, fixed, meta = Ours(episodes, advantage=advantage), [], []
+        ours.mixed_step()  # warm the caches
+        for _ in range(steps):
+            fixed.append(timed(ours.mixed_step))
+            meta.append(timed(ours.meta_step))
+        fixed, meta = show(f"fixed-mu step, {advantage}", fixed), show("meta-gradient", meta)
+        every = ours.config.meta_every
+        print(f"AMFT step / fixed-mu step, {advantage}, meta-gradient every {every} steps: {1 + meta / every / fixed:.2f}")
 
-    ours.rewards.clear()
+    ours.rewards.clear()  # from here on the group-relative baseline, as TRL's
     try:
         our_seconds, trl_seconds, trl_rewards = against_trl(ours, steps)
     except ImportError:

@@ -25,18 +25,20 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
 FIXED = ["--no-meta", "--no-entropy", "--mu"]
+TUNING = ["--steps", "120", "--advantage", "group"]  # what the defaults were when the search was made
 RUNS = {  # name: flags beside the defaults
     "AMFT": [],
     "mu=0": [*FIXED, "0"],  # RL after the warm-up: SFT, then RL
-    "mu=0.05": [*FIXED, "0.05"],
     "mu=0.5": [*FIXED, "0.5"],
     "mu=1": [*FIXED, "1"],  # SFT throughout
 }
 TUNE = {  # one seed that no recorded run uses; what is best on val at the end becomes the default
-    "lr=1e-4": [*FIXED, "0.5", "--lr", "1e-4"],
-    "lr=3e-4": [*FIXED, "0.5", "--lr", "3e-4"],
-    "lr=1e-3": [*FIXED, "0.5", "--lr", "1e-3"],
-    "gae": [*FIXED, "0.5", "--lr", "3e-4", "--advantage", "gae"],
+    "lr=1e-4": [*TUNING, *FIXED, "0.5", "--warmup", "40", "--lr", "1e-4"],
+    "lr=3e-4": [*TUNING, *FIXED, "0.5", "--warmup", "40", "--lr", "3e-4"],
+    "lr=1e-3": [*TUNING, *FIXED, "0.5", "--warmup", "40", "--lr", "1e-3"],
+    "gae": [*TUNING, *FIXED, "0.5", "--warmup", "40", "--lr", "3e-4", "--advantage", "gae"],
+    "warmup=10": [*TUNING, "--lr", "1e-4", "--eta-h", "0.5", "--warmup", "10"],
+    "warmup=40": [*TUNING, "--lr", "1e-4", "--eta-h", "0.5", "--warmup", "40"],
 }
 TUNE_SEED = 100
 VAL_ONLY = "import sys, amft, tasks; tasks.GeneralPoints.splits = {'val': ''}; amft.main(sys.argv[1:])"
