@@ -60,7 +60,7 @@ def flag(default, group, text, low=None, high=math.inf, choices=None):
 class Config:
     """Every flag: default, group in --help, meaning, lowest and highest value. The command line is built from it."""
     task: str = flag("gp", "what", "the task", choices=tuple(TASKS))
-    model: str = flag(str(HERE / "base"), "what", "checkpoint folder or hub name to start from")
+    model: str = flag("base", "what", "checkpoint folder or hub name to start from; base: the one beside amft.py")
     seed: int = flag(0, "what", "seed of everything random; same seed, same CPU: the same log", 0)
     device: str = flag("auto", "what", "cpu, cuda, mps; auto takes the first of cuda, mps, cpu that is there")
     out: str = flag("", "what", "folder of the run (default: runs/TASK, numbered if taken)")
@@ -734,10 +734,11 @@ def git_commit():
 def load_policy(config):
     """(model, tokenizer) of a checkpoint folder or hub name, checked against the task."""
     transformers.utils.logging.disable_progress_bar()
+    source = HERE / "base" if config.model == "base" else config.model
     try:
         # Fused attention has no forward-mode derivative, which the meta-gradient needs: "eager" has.
-        model = AutoModelForCausalLM.from_pretrained(config.model, attn_implementation="eager", dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own error
         raise UserError(f"--model {config.model}: not a checkpoint that transformers can load "
                         f"({(str(error).splitlines() or [type(error).__name__])[0][:100]})")

@@ -676,12 +676,17 @@ def test_plot(tiny, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
 
 
-def test_amft_learns(tmp_path):
-    """From the shipped base: a minute of AMFT turns its greedy success on training deals from under a to over b."""
-    amft.main(["--task", "gp", "--warmup", "40", "--steps", "8", "--eval-n", "300", "--out", str(tmp_path / "run"),
-               "--device", "cpu", "--lr", "5e-4", "--seed", str(SEED)])
-    success = [row["success"] for row in read(tmp_path / "run") if row["kind"] == "eval" and row["split"] == "id"]
-    assert success[0] < 0.4 and success[-1] > success[0] + 0.05
+def test_amft_learns(tmp_path, monkeypatch):
+    """From the shipped base, on a world of 12 training multisets: greedy success goes from under a half to over it."""
+    few = random.Random(SEED).sample([m for m, role in tasks.ROLES.items() if role == "train" and max(m) <= 10
+                                      and tasks.solve(m)], 12)
+    monkeypatch.setattr(tasks, "ROLES", {m: role if role != "train" or m in few else "unused"
+                                         for m, role in tasks.ROLES.items()})
+    monkeypatch.setattr(tasks.GeneralPoints, "splits", {"id": "these 12"})
+    amft.main(["--task", "gp", "--warmup", "25", "--steps", "5", "--prompts", "8", "--meta-prompts", "8", "--lr",
+               "1e-3", "--eval-n", "200", "--demos", "1000", "--out", str(tmp_path / "run"), "--device", "cpu"])
+    success = [row["success"] for row in read(tmp_path / "run") if row["kind"] == "eval"]
+    assert success[0] < 0.5 and success[-1] > max(0.5, success[0] + 0.2), success
 
 
 def test_interval_covers_when_deals_come_in_clusters():

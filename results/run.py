@@ -60,9 +60,10 @@ def run(job):
     out = folder(name, seed)
     if rows(name, seed, "final"):
         return
-    where = ["--resume", str(out)] if (out / "metrics.jsonl").exists() else [
-        "--task", "gp", "--seed", str(seed), "--out", str(out), *(TUNE if seed == TUNE_SEED else RUNS)[name]]
-    program = ["-c", VAL_ONLY] if seed == TUNE_SEED else [str(HERE.parent / "amft.py")]
+    place = str(out.relative_to(HERE.parent))
+    where = ["--resume", place] if (out / "metrics.jsonl").exists() else [
+        "--task", "gp", "--seed", str(seed), "--out", place, *(TUNE if seed == TUNE_SEED else RUNS)[name]]
+    program = ["-c", VAL_ONLY] if seed == TUNE_SEED else ["amft.py"]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "output.txt", "a") as output:
         code = subprocess.run([sys.executable, *program, *where], stdout=output, stderr=output, cwd=HERE.parent,
