@@ -67,7 +67,7 @@ class Config:
 
     steps: int = flag(100, "optimisation", "mixed steps, Algorithm 1's T; each is one optimiser step", 1)
     warmup: int = flag(10, "optimisation", "SFT warm-up steps W before them; 0 is an ablation of Table 4", 0)
-    lr: float = flag(1e-4, "optimisation", "learning rate alpha at the first step", 0)
+    lr: float = flag(1e-4, "optimisation", "learning rate alpha at the first step", 1e-12)
     decay: bool = flag(True, "optimisation", "alpha falls linearly to 0 over the run")
     weight_decay: float = flag(0.0, "optimisation", "AdamW's decoupled weight decay", 0)
     max_norm: float = flag(1.0, "optimisation", "clip the mixed gradient to this global norm", 1e-6)
