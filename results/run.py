@@ -72,12 +72,12 @@ def run(job):
         tqdm.write(f"{name}, seed {seed}: exit code {code}, see {out / 'output.txt'}")
 
 
-def interval(values, scale=100):
+def interval(values, form=".1f"):
     """Mean and half-width of the 95% t-interval over seeds."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{scale * mean:.1f}"
-    return f"{scale * mean:.1f} ± {scale * T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)):.1f}"
+    mean = format(statistics.mean(values), form)
+    if len(values) < 2 or min(values) == max(values):
+        return mean
+    return f"{mean} ± {format(T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)), form)}"
 
 
 def tables():
@@ -95,18 +95,18 @@ def tables():
              "|---|" + "---|" * (len(splits) + 4)]
 
     def success(name, seed, step, split):
-        return next(r["success"] for r in evals[name, seed] if r["step"] == step and r["split"] == split)
+        return next(100 * r["success"] for r in evals[name, seed] if r["step"] == step and r["split"] == split)
 
     def line(label, name, step, tail):
         values = [interval([success(name, seed, step, split) for seed in done[name]]) for split in splits]
         if step == 0:  # the base is the same for every seed
-            values = [f"{100 * success(name, done[name][0], 0, split):.1f}" for split in splits]
+            values = [f"{success(name, done[name][0], 0, split):.1f}" for split in splits]
         lines.append(f"| {label} | {len(done[name]) if step else '-'} | " + " | ".join(values + tail) + " |")
     line("base", first, 0, ["-", "-", "-"])
     line("after warm-up", first, config["warmup"], ["-", "-", "-"])
     for name, seeds in done.items():
         finals = [rows(name, seed, "final")[0] for seed in seeds]
-        line(name, name, finals[0]["step"], [interval([f["mu"] for f in finals], 1).replace("0.0 ± 0.0", "0"),
+        line(name, name, finals[0]["step"], [interval([f["mu"] for f in finals], ".2f"),
                                              str(finals[0]["rollouts"]),
                                              f"{statistics.mean(f['seconds'] for f in finals) / 60:.1f}"])
     if "AMFT" in done:
