@@ -9,7 +9,8 @@ controller that learns mu from a meta-gradient of held-out reward, steadied by p
     python amft.py --plot runs/gp                              # curves of a run (needs matplotlib)
 
 Read from top to bottom: policy, rewards and losses (Eqs. 1-3), the optimiser step and its derivative in mu, the
-meta-gradient (Eqs. 4-5), the controller (Eq. 6), evaluation, Algorithm 1, command line.
+meta-gradient (Eqs. 4-5), the controller (Eq. 6), evaluation, Algorithm 1. `train` ends the algorithm; the rest is the
+log, the saved state, checks of the input and the command line.
 Shapes: P prompts, G samples of each, B = P * G sequences, S tokens of prompt and response, T of the response,
 V vocabulary, N parameters. theta, gradients and moments are flat vectors (N,).
 
@@ -680,8 +681,9 @@ class Run:
     def log_step(self, row, rollouts, state, config):
         """One line on the screen, one in the log, now and then a sample."""
         if rollouts is not None:
+            alike = rollouts.rewards.amax(1) == rollouts.rewards.amin(1)
             row.update(reward=rollouts.rewards.mean().item(), success=rollouts.success.mean().item(),
-                       zero_adv=(rollouts.rewards.std(1) == 0).float().mean().item(), truncated=rollouts.truncated,
+                       zero_adv=alike.float().mean().item(), truncated=rollouts.truncated,
                        response_len=rollouts.batch.mask.sum(1).mean().item())
         row.update(rollouts=state.rollouts, seconds=round(state.seconds, 3))
         self.write("step", **{key: row.get(key) for key in STEP_KEYS})

@@ -584,7 +584,7 @@ def test_same_seed_same_log_and_every_key_is_there(tiny, tmp_path):
 @pytest.mark.parametrize("flags", [["--advantage", "group"], ["--ppo-epochs", "2", "--trace", "0.9"]])
 def test_killed_run_goes_on_bit_for_bit(tiny, tmp_path, flags):
     tiny_run(tiny, tmp_path / "unbroken", *flags)
-    command = [sys.executable, str(HERE / "amft.py"), "--task", "gp", "--smoke", "--model", tiny, "--out",
+    command = [sys.executable, amft.__file__, "--task", "gp", "--smoke", "--model", tiny, "--out",
                str(tmp_path / "killed"), "--device", "cpu", "--eval-n", "8", "--max-new-tokens", "34", *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 120
