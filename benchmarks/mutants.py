@@ -29,7 +29,7 @@ MUTANTS = [
     ("amft.py", "per_prompt.std().item() / math.sqrt(P)", "per_prompt.std().item() / math.sqrt(P * G)", "unbiased"),
     # the controller
     ("amft.py", "(target_entropy - entropy)", "(entropy - target_entropy)", "hand_computed"),
-    ("amft.py", "residuals[unit] += hit - p", "residuals[id(unit)] += hit - p", "clusters"),
+    ("amft.py", "residuals[unit] += hit - p", "residuals[len(residuals)] += hit - p", "clusters"),
     ("amft.py", "config.evidence_decay ** 2 * evidence[1]", "config.evidence_decay * evidence[1]", "hand_computed"),
     ("amft.py", "math.erf(total / math.sqrt(2 * variance))", "math.erf(total / math.sqrt(variance))", "hand_computed or calibrated"),
     ("amft.py", "max(mu + meta_force + entropy_force, config.mu_min)", "mu + meta_force + entropy_force", "hand_computed"),
