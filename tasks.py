@@ -1,33 +1,155 @@
-"""General Points: make 24 from four cards, using each card once. Deals, solver, demonstrations, grader.
+"""The paper's benchmarks, generated from seeds: General Points (gp, gp-vl), V-IRL (virl, virl-vl), mathematics (math).
 
-First defined in "SFT Memorizes, RL Generalizes" (Chu et al. 2025, arXiv 2501.17161, appendix A), whose rule shift
-(J = Q = K = 10 in training; 11, 12, 13 when tested) is the out-of-distribution question of AMFT's experiments.
+Read `Episode` and `Task` first: they are all that `amft.py` knows of a task, and a sixth one is a subclass of each.
+General Points and V-IRL were first defined in "SFT Memorizes, RL Generalizes" (Chu et al. 2025, arXiv 2501.17161,
+appendices A and B), whose shifts of rule and of look are the out-of-distribution questions of AMFT's experiments.
 
-A task has these members, and `amft.py` knows nothing else about it:
-    splits                       name of each evaluation split -> what it asks
-    sample(split, rng)           one Episode, drawn with a random.Random
-    Episode.prompt, .expert      the text shown to the policy; one correct response to it
-    Episode.grade(response)      the name of the outcome, one of OUTCOMES
-    Episode.unit                 episodes of one unit are solved or missed together: intervals count units
-
-Run `python tasks.py` to see one episode of each split.
+    python tasks.py --show gp          # an episode of each split, played by its expert
+    python tasks.py --show gp-vl       # the same, and the pictures in gp-vl.png (needs matplotlib)
 """
 
+import argparse
+import argparse
+import copy
+import hashlib
 import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations, combinations_with_replacement
+from typing import NamedTuple
+
+import numpy as np
+
+# ---------------------------------------------------------------------------------------------------------------
+# The interface. A policy and an episode hold a conversation: prompt, response, observation, response, ...
+# ---------------------------------------------------------------------------------------------------------------
+
+MAX_RESPONSE = 1000  # characters; a longer response is no answer
+IMAGE = "<image>"  # where a prompt or an observation holds its picture
+FEEDBACK = "\nYou failed this trial because {}."
+
+
+class Turn(NamedTuple):
+    """One exchange of a demonstration: what the policy is shown, and the response that it should learn, or only read."""
+    shown: str
+    image: np.ndarray | None
+    response: str
+    learn: bool
+
+
+class Episode:
+    """One conversation. A subclass gives prompt, expert, unit and grade; the rest has a default.
+
+        prompt      what the policy is shown first
+        expert      a correct response in the present state
+        unit        episodes of one unit are solved or missed together: confidence intervals count units
+        grade(r)    the name of the outcome of response r, a key of `outcomes`; "correct" passes a point
+    """
+    outcomes = {"correct": (1.0, "")}  # name -> (graded reward, what the feedback says was wrong)
+    image = None  # (H, W, 3) uint8: the picture that belongs to what was shown last
+    points = 1  # what has to be passed: one answer, or every stop of a route
+    attempts = 1  # graded tries at each point before the episode ends
+    slips = {}  # point -> wrong response that a demonstration makes there first: read, not learned
+    point = tries = 0
+    history = ()  # outcomes so far, one for each response
+
+    @property
+    def success(self):
+        return self.point == self.points
+
+    def step(self, response):
+        """(observation, graded reward, done): grade one response of the policy and move on."""
+        outcome = self.grade(response)
+        self.history += (outcome,)
+        reward, wrong = self.outcomes[outcome]
+        if outcome == "correct":
+            self.point, self.tries = self.point + 1, 0
+            return ("" if self.success else self.observe()), reward, self.success
+        self.tries += 1
+        return self.retry(FEEDBACK.format(wrong)), reward, self.tries >= self.attempts
+
+    def observe(self):
+        """What is shown when a point is passed and another one follows."""
+        return ""
+
+    def retry(self, feedback):
+        """What is shown after a wrong response: its outcome's feedback, which never tells how near it was."""
+        return feedback + "\n"
+
+    def recognised(self, response):
+        """Did the policy see what there was to see? None where a task does not ask."""
+        return None
+
+    def demonstration(self):
+        """The expert's conversation, a list of Turns."""
+        episode, shown, turns, done = copy.copy(self), self.prompt, [], False
+        while not done:
+            slip = episode.slips.get(episode.point) if episode.tries == 0 else None
+            image, response = episode.image, slip or episode.expert
+            turns.append(Turn(shown, image, response, slip is None))
+            shown, _, done = episode.step(response)
+        return turns
+
+
+class Task:
+    """Draws episodes. `sample` must depend on nothing but its arguments."""
+    episode = Episode  # the class, whose `outcomes` are what a log counts
+    splits = {}  # evaluation split -> what it asks. Must have "val", the controller's own; "train" is not listed.
+    defaults = {}  # flags of amft.py that this task sets differently
+
+    def __init__(self, turns=0):
+        """turns: graded attempts at each point, 0 for the task's own number."""
+        self.turns = turns
+
+    def sample(self, split, rng):
+        """One Episode of a split or of "train", drawn with a random.Random."""
+        raise NotImplementedError
+
+    def share_turns(self, episode):
+        if self.turns:
+            episode.attempts = self.turns
+        return episode
+
+
+def fields_of(response):
+    """The JSON object that a response is, as a dict; None for anything else. Equal keys are no answer."""
+    if len(response) > MAX_RESPONSE:
+        return None
+    try:
+        fields = json.loads(response, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def unique_keys(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("duplicate key")
+    return dict(pairs)
+
+
+def role_of(text, shares=(("train", 0.6), ("val", 0.2), ("heldout", 0.2))):
+    """Which role a problem has, by a hash of its text: the same in every run, whoever asks."""
+    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2 ** 64
+    for role, share in shares:
+        if (draw := draw - share) < 0:
+            return role
+    return shares[-1][0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# General Points: make 24 from four cards, using each card once
+# ---------------------------------------------------------------------------------------------------------------
 
 TARGET = 24
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 FACES = ("J", "Q", "K")
+MAX_FORMULA = 60  # characters; a correct formula has at most 23
 
-# ---------------------------------------------------------------------------------------------------------------
 # Solver: every formula over a multiset of numbers, by joining the formulas of its two halves. Exact rationals.
-# ---------------------------------------------------------------------------------------------------------------
 
 ADD, MUL, ATOM = 0, 1, 2  # precedence of a formula's outermost operator: + or -, * or /, a single number
 
@@ -94,20 +216,7 @@ def solve(numbers, target=TARGET):
     return tuple(sorted(found))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Grader. The text comes from a model: it is bounded first, then parsed, and never evaluated as code.
-# ---------------------------------------------------------------------------------------------------------------
-
-# Outcome -> the original's graded reward (appendix A.3). Eq. 1's reward is 1 for "correct", 0 for the rest.
-OUTCOMES = {"correct": 5.0, "wrong_result": -1.0, "illegal_number": -2.0, "illegal_formula": -3.0, "no_answer": -3.0}
-MAX_RESPONSE, MAX_FORMULA = 1000, 60  # characters; a correct formula has at most 23
-
-
-def unique_keys(pairs):
-    """json.loads keeps the last of two equal keys; two formulas are no answer."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("duplicate key")
-    return dict(pairs)
+# Parser. The text comes from a model: it is bounded first, then parsed in exact fractions, and never run as code.
 
 
 def parse(formula):
@@ -151,35 +260,8 @@ def parse(formula):
     return numbers, value
 
 
-def grade(response, numbers, target=TARGET):
-    """The outcome (a key of OUTCOMES) of a response text for the dealt numbers.
 
-    The response is a JSON object with a string "formula", `expression` or `expression=target`. Only the formula is
-    judged, as in the original; cards and number are the policy's own working. Never raises, never runs the text.
-    """
-    if len(response) > MAX_RESPONSE:
-        return "no_answer"
-    try:
-        formula = json.loads(response, object_pairs_hook=unique_keys)["formula"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return "no_answer"
-    if not isinstance(formula, str):
-        return "no_answer"
-    expression, equals, right = formula.partition("=")
-    if len(formula) > MAX_FORMULA or (equals and right.strip(" ") != str(target)):
-        return "illegal_formula"
-    try:
-        used, value = parse(expression)
-    except ValueError:
-        return "illegal_formula"
-    if sorted(used) != sorted(numbers):
-        return "illegal_number"
-    return "correct" if value == target else "wrong_result"
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Deals and splits
-# ---------------------------------------------------------------------------------------------------------------
 
 RULE_10 = {"J": 10, "Q": 10, "K": 10}
 RULE_11_12_13 = {"J": 11, "Q": 12, "K": 13}
@@ -192,15 +274,24 @@ MULTISETS = list(combinations_with_replacement(range(1, 14), 4))
 ROLES = dict(zip(random.Random(24).sample(MULTISETS, len(MULTISETS)),
                  ["train"] * 1092 + ["val"] * 364 + ["heldout"] * 364))
 
-# split: (role, rules that the prompt may state, rule that grades or None for the stated one, needs a face card)
+
+class Split(NamedTuple):
+    role: str
+    rules: tuple  # that the prompt may state
+    graded_by: dict | None = None  # the rule that grades, if not the stated one
+    needs_face: bool = False
+    suits: str = "SC"  # of the cards in a picture: spades, clubs, hearts, diamonds
+
+
 SPLITS = {
-    "train": ("train", [RULE_10], None, False),
-    "val": ("val", [RULE_10], None, False),
-    "id": ("train", [RULE_10], None, False),
-    "heldout": ("heldout", [RULE_10], None, False),
-    "ood_rule": ("heldout", [RULE_11_12_13], None, True),
-    "ood_small": ("heldout", [ALL_5, ALL_7], None, True),
-    "fake": ("heldout", [RULE_11_12_13], RULE_10, True),
+    "train": Split("train", (RULE_10,)),
+    "val": Split("val", (RULE_10,)),
+    "id": Split("train", (RULE_10,)),
+    "heldout": Split("heldout", (RULE_10,)),
+    "ood_rule": Split("heldout", (RULE_11_12_13,), needs_face=True),
+    "ood_small": Split("heldout", (ALL_5, ALL_7), needs_face=True),
+    "ood_visual": Split("heldout", (RULE_10,), suits="HD"),
+    "fake": Split("heldout", (RULE_11_12_13,), RULE_10, True),
 }
 
 INSTRUCTION = ('Use each of the four cards exactly once, with + - * / and ( ), to make the target. Reply in JSON: '
@@ -212,41 +303,81 @@ def values_of(ranks, rule):
     return tuple(int({"A": 1, **rule}.get(rank, rank)) for rank in ranks)
 
 
-def write_prompt(ranks, rule, target=TARGET):
-    faces = ", ".join(f"{face} counts as {rule[face]}" for face in FACES)
-    return f"{INSTRUCTION}\nCards: {', '.join(ranks)}. {faces}. Make {target}.\n"
-
-
-def write_response(ranks, numbers, formula, target=TARGET):
-    return json.dumps({"cards": list(ranks), "number": list(numbers), "formula": f"{formula}={target}"})
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One deal. `ranks` are shown, `stated` is the rule in the prompt, `numbers` the values that grade counts."""
+@dataclass
+class Deal(Episode):
+    """`ranks` are shown, `stated` is the rule in the prompt, `numbers` are the values that grade counts."""
     ranks: tuple
     stated: dict
     numbers: tuple
     formula: str
+    target: int = TARGET
+
+    outcomes = {"correct": (5.0, ""), "wrong_result": (-1.0, "your formula does not make the target"),
+                "illegal_number": (-2.0, "your formula does not use each number exactly once"),
+                "illegal_formula": (-3.0, "your formula is not a formula"),
+                "no_answer": (-3.0, "your reply is not in the required form")}  # rewards: the original's appendix A.3
 
     @property
     def prompt(self):
-        return write_prompt(self.ranks, self.stated)
+        faces = ", ".join(f"{face} counts as {self.stated[face]}" for face in FACES)
+        return f"{INSTRUCTION}\nCards: {self.cards}. {faces}. Make {self.target}.\n"
+
+    @property
+    def cards(self):
+        return ", ".join(self.ranks)
 
     @property
     def expert(self):
-        return write_response(self.ranks, self.numbers, self.formula)
+        return self.respond(self.formula)
+
+    def respond(self, formula):
+        return json.dumps(dict(cards=self.ranks, number=self.numbers, formula=f"{formula}={self.target}"))
 
     @property
     def unit(self):
-        """What a split holds or does not hold: the multiset of numbers. Deals of one unit are not independent."""
+        """What a split holds or does not hold: the multiset of numbers."""
         return tuple(sorted(self.numbers))
 
     def grade(self, response):
-        return grade(response, self.numbers)
+        """As in the original only "formula" is judged: `expression` or `expression=target`."""
+        formula = (fields_of(response) or {}).get("formula")
+        if not isinstance(formula, str):
+            return "no_answer"
+        expression, equals, right = formula.partition("=")
+        if len(formula) > MAX_FORMULA or (equals and right.strip(" ") != str(self.target)):
+            return "illegal_formula"
+        try:
+            used, value = parse(expression)
+        except ValueError:
+            return "illegal_formula"
+        if sorted(used) != sorted(self.numbers):
+            return "illegal_number"
+        return "correct" if value == self.target else "wrong_result"
 
 
-class GeneralPoints:
+@dataclass
+class PictureDeal(Deal):
+    """The cards are in the picture alone. As in the original, cards that are misread decide the outcome."""
+    suits: str = ""
+
+    outcomes = {**Deal.outcomes, "wrong_cards": (-1.5, "you misread the cards")}
+    cards = IMAGE
+
+    @property
+    def image(self):
+        return draw_cards(self.ranks, self.suits)
+
+    def recognised(self, response):
+        cards = (fields_of(response) or {}).get("cards")
+        return isinstance(cards, list) and all(isinstance(c, str) for c in cards) and sorted(cards) == sorted(self.ranks)
+
+    def grade(self, response):
+        outcome = super().grade(response)
+        return outcome if outcome == "no_answer" or self.recognised(response) else "wrong_cards"
+
+
+class GeneralPoints(Task):
+    episode = Deal
     splits = {
         "val": "rule 10, the multisets of the controller's utility; defaults were chosen on it",
         "id": "rule 10, the training multisets",
@@ -257,21 +388,561 @@ class GeneralPoints:
     }
 
     def sample(self, split, rng):
-        """One Episode: ranks i.i.d. uniform over 13, kept if the split's role holds them and they can be solved."""
-        role, rules, graded_by, needs_face = SPLITS[split]
-        stated = rng.choice(rules)
+        """Ranks i.i.d. uniform over 13, kept if the split's role holds them and they can be solved."""
+        chosen = SPLITS[split]
+        stated = rng.choice(chosen.rules)
         while True:
             ranks = tuple(rng.choices(RANKS, k=4))
-            numbers = values_of(ranks, graded_by or stated)
-            if needs_face and not set(FACES) & set(ranks):
+            numbers = values_of(ranks, chosen.graded_by or stated)
+            if chosen.needs_face and not set(FACES) & set(ranks):
                 continue
-            if ROLES[tuple(sorted(numbers))] == role and solve(tuple(sorted(numbers))):
-                return Episode(ranks, stated, numbers, rng.choice(solve(tuple(sorted(numbers)))))
+            if ROLES[tuple(sorted(numbers))] == chosen.role and solve(tuple(sorted(numbers))):
+                break
+        deal = self.share_turns(self.deal(chosen, rng, ranks=ranks, stated=stated, numbers=numbers,
+                                          formula=rng.choice(solve(tuple(sorted(numbers))))))
+        if self.turns > 1 and rng.random() < 0.5:  # so that demonstrations show what to do after a failure, too
+            (wrong, _), value = random_formula(rng.sample(numbers, 4), rng)
+            if value != deal.target:
+                deal.slips = {0: deal.respond(wrong)}
+        return deal
+
+    def deal(self, split, rng, **drawn):
+        return self.episode(**drawn)
 
 
-TASKS = {"gp": GeneralPoints}
+class GeneralPointsPictures(GeneralPoints):
+    episode = PictureDeal
+    splits = {**{name: text for name, text in GeneralPoints.splits.items() if name != "fake"},
+              "ood_visual": "as heldout, but with red suits; training has black ones"}
+    defaults = dict(prompts=16)
+
+    def deal(self, split, rng, **drawn):
+        return self.episode(**drawn, suits="".join(rng.choices(split.suits, k=4)))
+
+
+def random_formula(numbers, rng):
+    """((text, precedence), value) of a random formula that uses each number once, in order; value None if undefined."""
+    if len(numbers) == 1:
+        return (str(numbers[0]), ATOM), Fraction(numbers[0])
+    cut = rng.randrange(1, len(numbers))
+    (left, a), (right, b), op = random_formula(numbers[:cut], rng), random_formula(numbers[cut:], rng), rng.choice("+-*/")
+    value = None if a is None or b is None or (op == "/" and b == 0) else apply(op, a, b)
+    return join(left, op, right), value
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# V-IRL: follow written directions through a city, one action at a time
+# ---------------------------------------------------------------------------------------------------------------
+
+# 45 degrees apart and clockwise, so that a turn is a difference modulo 8. (The original takes it without the modulus.)
+HEADINGS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
+BEARINGS = ("front", "right front", "right", "right behind", "behind", "left behind", "left", "left front")
+TURNS = {1: "slightly right", 2: "right", 3: "right", 5: "left", 6: "left", 7: "slightly left"}  # 0 and 4: no turn
+ACTION_WORDS = {"absolute": HEADINGS, "relative": ("left", "right", "slightly left", "slightly right")}
+OFFSETS = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))  # (east, north) of each heading
+NAMES = [f"{first} {kind}" for first in ("Harbor", "Maple", "Crown", "Union", "River", "Summit", "Velvet", "Copper")
+         for kind in ("Bank", "Cafe", "Hotel", "Museum", "Market", "Theater", "Bakery", "Library")]
+NAME_ROLES = dict(zip(random.Random(8).sample(NAMES, len(NAMES)), ["train"] * 40 + ["heldout"] * 24))
+CITY_SIZE, CITIES = 5, 200  # nodes along a side; cities of each role
+
+
+class City:
+    """A street graph on a square grid, with named landmarks at some intersections. All from its seed."""
+
+    def __init__(self, seed, names):
+        rng = random.Random(f"city {seed}")
+        nodes = [(x, y) for x in range(CITY_SIZE) for y in range(CITY_SIZE)]
+        self.streets = {node: {} for node in nodes}  # node -> {heading: the next node}
+        for x, y in nodes:
+            for heading in range(4):  # the other four are the way back
+                end = (x + OFFSETS[heading][0], y + OFFSETS[heading][1])
+                if end in self.streets and rng.random() < 0.8:
+                    self.streets[x, y][heading] = end
+                    self.streets[end][heading + 4] = (x, y)
+        self.landmarks = {node: (rng.choice(names), rng.randrange(8)) for node in nodes if rng.random() < 0.7}
+        self.names = names
+
+
+class Stop(NamedTuple):
+    """A point of the route: what is seen there, the line of the instruction that applies, the action that it asks for."""
+    landmark: tuple | None  # (name, bearing 0..7)
+    intersection: bool
+    line: int
+    action: str
+
+    @property
+    def seen(self):
+        text = "{} is on your {}".format(self.landmark[0], BEARINGS[self.landmark[1]]) if self.landmark else NOTHING
+        return text + (CROSSING if self.intersection else "")
+
+
+NOTHING, CROSSING = "No landmarks nearby", "; You observe an intersection"
+FORWARD, HALT = "forward()", "stop()"
+GUIDE = ('Follow the instruction to the destination. Reply in JSON: {"current observation": "...", '
+         '"current instruction": "...", "action": "..."}\nActions: forward(), stop(), turn_direction(x) with x one of ')
+VIEWS = "\nThe image has 4 views: front and right above, behind and left below."
+
+
+@dataclass
+class Route(Episode):
+    """A walk on a rail, as in the original: only the right action moves on, a wrong one is never executed."""
+    city: int
+    heading: int  # at the start
+    frame: str  # of the actions, "absolute" or "relative"
+    lines: tuple  # the instruction
+    stops: tuple  # of Stop
+    attempts: int = 2  # as in the original
+
+    outcomes = {"correct": (1.0, ""), "wrong_action": (-1.0, "your action is not the right one here"),
+                "missed_intersection": (-1.5, "you are at an intersection"),
+                "no_intersection": (-1.5, "you are not at an intersection"),
+                "illegal_action": (-1.0, "your action is not one of the actions"),
+                "no_answer": (-1.0, "your reply is not in the required form")}
+
+    @property
+    def points(self):
+        return len(self.stops)
+
+    @property
+    def prompt(self):
+        words = ", ".join(ACTION_WORDS[self.frame])
+        lines = "".join(f"\n{i}. {line}" for i, line in enumerate(self.lines, 1))
+        return f"{GUIDE}{words}.{self.layout}\nYou face {HEADINGS[self.heading]}.{lines}{self.observe()}"
+
+    layout = ""
+
+    def observe(self):
+        return f"\nO_{self.point + 1}: {self.view}\nA_{self.point + 1}: "
+
+    @property
+    def view(self):
+        return self.stops[self.point].seen
+
+    def retry(self, feedback):
+        return f"{feedback}\nA_{self.point + 1}: "
+
+    @property
+    def expert(self):
+        return self.respond(self.stops[self.point].action)
+
+    def respond(self, action):
+        stop = self.stops[self.point]
+        return json.dumps({"current observation": stop.seen,
+                           "current instruction": f"{stop.line}. {self.lines[stop.line - 1]}", "action": action})
+
+    @property
+    def actions(self):
+        return (FORWARD, HALT, *(f"turn_direction({word})" for word in ACTION_WORDS[self.frame]))
+
+    @property
+    def unit(self):
+        return self.city
+
+    def recognised(self, response):
+        return (fields_of(response) or {}).get("current observation") == self.stops[self.point].seen
+
+    def grade(self, response):
+        """Exact match of "action". What the policy says of intersections only chooses between two kinds of failure."""
+        fields, stop = fields_of(response) or {}, self.stops[self.point]
+        if not isinstance(fields.get("action"), str):
+            return "no_answer"
+        if fields["action"] == stop.action:
+            return "correct"
+        if fields["action"] not in self.actions:
+            return "illegal_action"
+        claims = "intersection" in str(fields.get("current observation"))
+        # The start and the destination are corners too, but their observation does not say so: nothing to miss there.
+        return "wrong_action" if claims == stop.intersection else "no_intersection" if claims else "missed_intersection"
+
+
+@dataclass
+class PictureRoute(Route):
+    """The landmark of the present view is in the picture alone; the look is an index into LOOKS."""
+    look: int = 0
+    layout = VIEWS
+
+    @property
+    def view(self):
+        stop = self.stops[self.point]
+        return f"{IMAGE}You observe an image of 4 views" + (CROSSING if stop.intersection else "")
+
+    @property
+    def image(self):
+        return draw_views(self.stops[self.point].landmark, self.look, seed=f"{self.city} {self.point}")
+
+
+def walk(city, rng, legs):
+    """(heading at the start, [(heading of the leg, its end node), ...]): every corner a turn, no node twice."""
+    while True:
+        node, heading, path = rng.choice(sorted(city.streets)), rng.randrange(8), []
+        start, visited = heading, {node}
+        for _ in range(legs):
+            ways = [way for way in sorted(city.streets[node]) if (way - heading) % 8 in TURNS
+                    and city.streets[node][way] not in visited]
+            if not ways:
+                break
+            heading = rng.choice(ways)
+            node = city.streets[node][heading]
+            visited.add(node)
+            path.append((heading, node))
+        if len(path) == legs and node in city.landmarks:
+            return start, path
+
+
+def route_parts(city, rng, legs, frame="absolute", told="both"):
+    """The fields of a Route through the city. told: which frame the instruction's turns are given in, or both."""
+    start, path = walk(city, rng, legs)
+    met = {city.landmarks[node][0] for _, node in path if node in city.landmarks}
+    lines, stops, heading, seen, crossing = [], [], start, None, False
+    for leg, (way, node) in enumerate(path):
+        turn = TURNS[(way - heading) % 8]
+        facing = {"both": f"{turn} to face {HEADINGS[way]}", "absolute": f"to face {HEADINGS[way]}", "relative": turn}
+        lines.append(("Turn " if leg else "First, turn ") + facing[told] + ".")
+        word = HEADINGS[way] if frame == "absolute" else turn
+        stops.append(Stop(seen, crossing, len(lines), f"turn_direction({word})"))
+        name, side = city.landmarks.get(node, (None, 0))
+        seen, heading = (name, (side - way) % 8) if name else None, way
+        last = leg == len(path) - 1
+        lines.append(f"Move forward until you reach {'destination' if last else 'next intersection'}"
+                     + (f" where {name} is on your {BEARINGS[seen[1]]}." if name else "."))
+        for _ in range(rng.randrange(3)):  # points along the street
+            passed = rng.choice(city.names)
+            passed = None if passed in met or rng.random() < 0.6 else (passed, rng.choice((1, 2, 6, 7)))
+            stops.append(Stop(passed, False, len(lines), FORWARD))
+        crossing = not last
+    stops.append(Stop(seen, False, len(lines), HALT))
+    return dict(heading=start, frame=frame, lines=tuple(lines), stops=tuple(stops))
+
+
+class VIRL(Task):
+    episode = Route
+    splits = {
+        "val": "other cities with the training names; the controller's utility",
+        "id": "the training cities",
+        "heldout": "new cities, new names",
+        "ood_rule": "as heldout, but actions are relative (left, ...); training has absolute ones (north, ...)",
+        "ood_rule_hard": "as ood_rule, and the instruction gives turns in the absolute frame only",
+    }
+    defaults = dict(prompts=8, sft_batch=16, meta_prompts=8, demos=2000, eval_n=300)
+
+    def sample(self, split, rng):
+        role = split if split in ("train", "val") else "train" if split == "id" else "heldout"
+        names = [name for name in NAMES if NAME_ROLES[name] == ("heldout" if role == "heldout" else "train")]
+        number = rng.randrange(CITIES)
+        ood = split in ("ood_rule", "ood_rule_hard")
+        parts = route_parts(City(f"{role} {number}", names), rng, rng.choice((2, 3)),
+                            "relative" if ood else "absolute", "absolute" if split == "ood_rule_hard" else "both")
+        return self.share_turns(self.route(split, rng, city=number, **parts))
+
+    def route(self, split, rng, **parts):
+        return self.episode(**parts)
+
+
+class VIRLPictures(VIRL):
+    episode = PictureRoute
+    splits = {**VIRL.splits, "ood_visual": "as heldout, but with other palettes, textures and signs"}
+
+    def route(self, split, rng, **parts):
+        return self.episode(**parts, look=rng.randrange(1, len(LOOKS)) if split == "ood_visual" else 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Mathematics: chains of arithmetic with worked solutions
+# ---------------------------------------------------------------------------------------------------------------
+
+THINGS = ("apples", "boats", "coins", "drums", "eggs", "flags", "goats", "hats", "inks", "jars")
+SYMBOLS = ("@", "#", "&", "~")
+# An operator's meaning is "p * a + q * b" or "p * a - q * b". The base saw the others, training sees none at all.
+MEANINGS = [(p, sign, q) for p in (1, 2, 3) for sign in "+-" for q in (1, 2, 3) if (p, q) != (1, 1)]
+OOD_MEANINGS = MEANINGS[::4]
+MAX_VALUE, MAX_DENOMINATOR = 100, 12
+REQUEST = "Work it out step by step and put the answer in \\boxed{}.\n"
+
+
+def meaning_text(meaning, a, b):
+    times = lambda n, x: f"{n} * {x}" if n > 1 else str(x)  # noqa: E731
+    return f"{times(meaning[0], a)} {meaning[1]} {times(meaning[2], b)}"
+
+
+def within_bounds(value):
+    return 0 <= value.numerator <= MAX_VALUE and value.denominator <= MAX_DENOMINATOR
+
+
+@dataclass
+class Problem(Episode):
+    prompt: str
+    solution: str
+    answer: str  # as it stands in the box, or a reader's own reference
+    unit: str = ""
+
+    outcomes = {"correct": (1.0, ""), "wrong_answer": (0.0, "your answer is wrong"),
+                "no_answer": (0.0, "there is no number in a box")}
+
+    @property
+    def expert(self):
+        return self.solution
+
+    def grade(self, response):
+        """Judge the last box: a number equal to the reference in any form, or the reference's text if that is none."""
+        box = last_box(response)
+        value, right = number(box or ""), number(self.answer)
+        if box is None or (right is not None and value is None):
+            return "no_answer"
+        return "correct" if (value == right if right is not None else box.split() == self.answer.split()) else "wrong_answer"
+
+
+def last_box(text):
+    """What stands in the last \\boxed{...}, braces balanced; None without one, or if it is not closed."""
+    start = text.rfind("\\boxed{") + len("\\boxed{")
+    if start < len("\\boxed{") or len(text) > 20 * MAX_RESPONSE:
+        return None
+    depth = 1
+    for end in range(start, min(len(text), start + MAX_RESPONSE)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end]
+    return None
+
+
+DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,20})"  # 1,000 and 1000, not 1,00
+
+
+def number(text):
+    """The exact value of an integer, a decimal, a/b or \\frac{a}{b}, with a sign or without; None for anything else."""
+    text = text.strip(" $") if len(text) <= 60 else ""
+    if match := re.fullmatch(rf"([+-]?)({DIGITS})(\.[0-9]{{1,20}})?", text):
+        value = Fraction(match[2].replace(",", "") + (match[3] or ""))
+    elif match := re.fullmatch(rf"([+-]?)(?:\\d?frac\{{({DIGITS})\}}\{{({DIGITS})\}}|({DIGITS}) ?/ ?({DIGITS}))", text):
+        top, bottom = (int((a or b).replace(",", "")) for a, b in ((match[2], match[4]), (match[3], match[5])))
+        if not bottom:
+            return None
+        value = Fraction(top, bottom)
+    else:
+        return None
+    return -value if match[1] == "-" else value
+
+
+def chain(rng, steps, meaning=None, symbol=None):
+    """A Problem of so many dependent steps; with a meaning, at least one step uses the operator that it explains."""
+    while True:
+        names = rng.sample(THINGS, steps + 1)
+        values, lines, work, shape = [Fraction(rng.randint(1, 12))], [], [], []
+        lines.append(f"{names[0]} = {values[0]}")
+        special = set(rng.sample(range(steps), rng.randint(1, steps))) if meaning else ()
+        for i in range(steps):
+            earlier = [j for j in range(i) if values[j].denominator == 1]
+            j = rng.choice(earlier) if earlier and rng.random() < 0.3 else None
+            a, b = values[i], values[j] if j is not None else Fraction(rng.randint(1, 12))
+            told = names[j] if j is not None else str(b)
+            op = symbol if i in special else rng.choice("+-*/")
+            if op == symbol and a.denominator == 1:
+                p, q = meaning[0] * a, meaning[2] * b
+                value = p + q if meaning[1] == "+" else p - q
+                middle = f"{meaning_text(meaning, a, b)} = {p} {meaning[1]} {q} = "
+            elif op == symbol or (op == "/" and b == 0):
+                break
+            else:
+                value, middle = apply(op, a, b), ""
+            if not within_bounds(value):
+                break
+            lines.append(f"{names[i + 1]} = {names[i]} {op} {told}")
+            work.append(f"{names[i + 1]} = {a} {op} {b} = {middle}{value}. ")
+            shape.append(f"{op}{b if j is None else f'v{j}'}")
+            values.append(value)
+        if len(values) == steps + 1:
+            break
+    rule = f"a {symbol} b means {meaning_text(meaning, 'a', 'b')}. " if meaning else ""
+    unit = f"{rule}{values[0]} {' '.join(shape)}"  # the problem whatever its things are called
+    prompt = f"{rule}{'. '.join(lines)}. How many {names[-1]}? {REQUEST}"
+    return Problem(prompt, f"{''.join(work)}Answer: \\boxed{{{values[-1]}}}", str(values[-1]), unit)
+
+
+class Mathematics(Task):
+    episode = Problem
+    splits = {
+        "val": "2 or 3 steps, other problems; the controller's utility",
+        "id": "2 or 3 steps, from the training problems",
+        "heldout": "2 or 3 steps, problems never trained on",
+        "ood_length": "4 or 5 steps",
+        "ood_rule": "an operator that the prompt explains; training has none",
+    }
+    defaults = dict(max_new_tokens=90, prompts=16, sft_batch=32, meta_prompts=16)
+
+    def __init__(self, turns=0, data="", heldout=0.2):
+        """data: a .jsonl file of the reader's own problems; heldout: the share of them kept for each of val and heldout."""
+        super().__init__(turns)
+        self.problems = {}
+        if data:
+            shares = (("val", heldout), ("heldout", heldout), ("train", 1.0))
+            for problem in read_problems(data):
+                self.problems.setdefault(role_of(problem.unit, shares), []).append(problem)
+            missing = {"train", "val", "heldout"} - set(self.problems)
+            if missing:
+                raise ValueError(f"{data}: too few problems: none fell to {', '.join(sorted(missing))}")
+            self.splits = {"val": "of the file", "id": "of the file, trained on", "heldout": "of the file, never trained on"}
+
+    def sample(self, split, rng):
+        role = {"id": "train", "ood_length": "heldout", "ood_rule": "heldout"}.get(split, split)
+        if self.problems:
+            return self.share_turns(replace(rng.choice(self.problems[role])))
+        while True:
+            steps = rng.choice((4, 5)) if split == "ood_length" else rng.choice((2, 3))
+            rule = (rng.choice(OOD_MEANINGS), rng.choice(SYMBOLS)) if split == "ood_rule" else ()
+            problem = chain(rng, steps, *rule)
+            if role_of(problem.unit) == role:
+                return self.share_turns(problem)
+
+
+def read_problems(path):
+    """Problems of a .jsonl file, {"prompt", "solution", "answer"} a line. ValueError names a bad line and its fault."""
+    problems = []
+    try:
+        lines = open(path, encoding="utf-8").read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})")
+    for i, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path}, line {i}: is not JSON")
+        for key in ("prompt", "solution", "answer"):
+            if not isinstance(fields, dict) or not isinstance(fields.get(key), str) or not fields[key].strip():
+                raise ValueError(f'{path}, line {i}: "{key}" must be a text that is not empty')
+        problem = Problem(fields["prompt"], fields["solution"], fields["answer"].strip(), fields["prompt"])
+        if last_box(problem.solution) is None:  # as in GSM8K, whose solutions end in another form
+            problem.solution += f"\nAnswer: \\boxed{{{problem.answer}}}"
+        if problem.grade(problem.solution) != "correct":
+            raise ValueError(f'{path}, line {i}: the last box of "solution" is not "answer", {problem.answer}')
+        problems.append(problem)
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures, 48 x 48 pixels, drawn with numpy
+# ---------------------------------------------------------------------------------------------------------------
+
+SIDE, CELL = 48, 24  # of a picture, of a card's or a view's place in it: two rows of two
+# A 3 x 5 glyph is five octal digits, its rows from the top.
+GLYPHS = {"A": "25755", "1": "26227", "2": "71747", "3": "71317", "4": "55711", "5": "74717", "6": "74757", "7": "71122",
+          "8": "75757", "9": "75717", "0": "75557", "J": "11152", "Q": "75571", "K": "55655"}
+PIPS = {"S": "00100 01110 11111 11111 00100", "C": "01110 01110 11111 10101 00100",
+        "H": "01010 11111 11111 01110 00100", "D": "00100 01110 11111 01110 00100"}
+INK = {"S": (25, 25, 25), "C": (25, 25, 25), "H": (205, 30, 45), "D": (205, 30, 45)}
+TABLE, CARD = (53, 101, 77), (250, 250, 250)
+
+
+def bitmap(rows):
+    return np.array([[char == "1" for char in row] for row in rows])
+
+
+def rank_bitmap(rank):
+    """(5, 3) of one glyph, (5, 7) of "10"."""
+    glyphs = [bitmap(format(int(row), "03b") for row in GLYPHS[char]) for char in rank]
+    return np.concatenate([part for glyph in glyphs for part in (glyph, np.zeros((5, 1), bool))][:-1], 1)
+
+
+def stamp(canvas, shape, top, left, colour, scale=1):
+    shape = shape.repeat(scale, 0).repeat(scale, 1)
+    canvas[top:top + shape.shape[0], left:left + shape.shape[1]][shape] = colour
+
+
+def draw_cards(ranks, suits):
+    """Four cards on a table, in reading order: (48, 48, 3) uint8."""
+    canvas = np.full((SIDE, SIDE, 3), TABLE, np.uint8)
+    for i, (rank, suit) in enumerate(zip(ranks, suits)):
+        top, left = CELL * (i // 2), CELL * (i % 2)
+        canvas[top + 1:top + 23, left + 3:left + 21] = CARD
+        stamp(canvas, rank_bitmap(rank), top + 3, left + 5, INK[suit], scale=2)
+        stamp(canvas, bitmap(PIPS[suit].split()), top + 16, left + 14, INK[suit])
+    return canvas
+
+
+class Look(NamedTuple):
+    sky: tuple
+    ground: tuple
+    sign: tuple  # colour of a sign's board
+    ink: tuple
+    noise: int  # texture: standard deviation of the pixels
+
+
+LOOKS = (Look((150, 195, 235), (120, 120, 120), (250, 250, 250), (30, 30, 120), 0),  # training
+         Look((20, 20, 60), (50, 40, 60), (30, 30, 30), (255, 220, 90), 8),  # night, lit signs
+         Look((240, 170, 110), (150, 100, 60), (90, 30, 30), (250, 240, 220), 14),  # dusk, dust
+         Look((215, 215, 215), (235, 240, 245), (40, 110, 70), (255, 255, 255), 6))  # snow
+
+
+@lru_cache(maxsize=None)
+def signs():
+    """{landmark name: its sign (7, 7) bool, mirrored left to right}, any two at least 8 pixels apart."""
+    rng, found = np.random.default_rng(0), []
+    while len(found) < len(NAMES):
+        half = rng.random((7, 4)) < 0.5
+        sign = np.concatenate([half, half[:, 2::-1]], 1)
+        if all((sign != other).sum() >= 8 for other in found):
+            found.append(sign)
+    return dict(zip(NAMES, found))
+
+
+def draw_views(landmark, look, seed):
+    """Four views, 90 degrees wide each: front and right above, behind and left below. (48, 48, 3) uint8.
+
+    landmark: (name, bearing 0..7) or None. One that stands between two views hangs at the edge of both. The original
+    says this layout and draws another one.
+    """
+    style = LOOKS[look]
+    canvas = np.empty((SIDE, SIDE, 3), float)
+    for row in range(2):
+        canvas[CELL * row:CELL * row + 15] = style.sky
+        canvas[CELL * row + 15:CELL * (row + 1)] = style.ground
+    if landmark:
+        name, bearing = landmark
+        for view in range(4):  # its middle is at bearing 2 * view
+            offset = (bearing - 2 * view + 4) % 8 - 4
+            if abs(offset) <= 1:
+                top, left = CELL * (view // 2) + 4, CELL * (view % 2) + (CELL - 9) // 2 + 7 * offset
+                canvas[top:top + 9, left:left + 9] = style.sign
+                stamp(canvas, signs()[name], top + 1, left + 1, style.ink)
+    if style.noise:
+        canvas += np.random.default_rng(list(seed.encode())).normal(0, style.noise, canvas.shape)
+    canvas[CELL - 1:CELL + 1] = canvas[:, CELL - 1:CELL + 1] = 0
+    return canvas.clip(0, 255).astype(np.uint8)
+
+
+TASKS = {"gp": GeneralPoints, "gp-vl": GeneralPointsPictures, "virl": VIRL, "virl-vl": VIRLPictures,
+         "math": Mathematics}
+
+
+def show(name):
+    """Print an episode of each split, played by its expert; with pictures, also draw what the policy sees."""
+    task, pictures = TASKS[name](), []
+    for split in ("train", *task.splits):
+        episode = task.sample(split, random.Random(0))
+        turns = episode.demonstration()
+        print(f"--- {split}: {task.splits.get(split, 'what is trained on')}")
+        print("".join(turn.shown + turn.response for turn in turns) + "\n")
+        pictures += [(f"{split}, {i}", turn) for i, turn in enumerate(turns[:3], 1) if turn.image is not None]
+    if pictures:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        columns = 6
+        figure, axes = plt.subplots(-(-len(pictures) // columns), columns, squeeze=False,
+                                    figsize=(2.2 * columns, 2.6 * -(-len(pictures) // columns)))
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, (title, turn) in zip(axes.flat, pictures):
+            axis.imshow(turn.image, interpolation="nearest")
+            fields = json.loads(turn.response)
+            axis.set_title(title + "\n" + str(fields.get("current observation") or ", ".join(fields["cards"])).replace(
+                "; ", "\n"), fontsize=6)
+        figure.tight_layout()
+        figure.savefig(f"{name}.png", dpi=150)
+        print(f"{len(pictures)} pictures in {name}.png")
+
 
 if __name__ == "__main__":
-    for split in SPLITS:
-        episode = GeneralPoints().sample(split, random.Random(0))
-        print(f"--- {split}\n{episode.prompt}{episode.expert}\n{episode.grade(episode.expert)}")
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--show", choices=TASKS, default="gp", help="the task to print, and to draw if it has pictures")
+    show(arguments.parse_args().show)

@@ -1,42 +1,67 @@
-"""Make the base policy from nothing: a word-level tokenizer and a small Llama, pretrained on synthetic text.
+"""Make the base policies from nothing: a word-level tokenizer, a small Llama, and a small LLaVA on top of it.
 
-    python base/make.py --compile                     # writes this folder; 51 minutes on two CPU cores, also busy
-    python base/make.py --steps 20 --out some/folder  # a trial
+    python base/make.py --families gp --steps 9000 --out first         # General Points is the slow one to learn
+    python base/make.py --init first --steps 3500                      # all three families: writes base/
+    python base/make.py --pictures --init base --steps 2000            # with eyes: writes base-vl/
+    python base/make.py --steps 20 --out some/folder                   # a trial
 
-The text is the prompt and the response of General Points with everything about the game drawn at random: four cards,
-what J, Q and K count as (1..13 each; half the time all three alike), a random formula over the four numbers, and as
-target whatever the formula makes (an integer in 1..100). So the base learns to read the stated rule, to copy, to write
-legal formulas, and to come near a target, but no particular target and no particular rule. A multiset of values that
-an evaluation split or the controller's validation split uses never occurs here with target 24 (`example` drops it).
+The text is the tasks' own conversations, played by their experts, with all that a task fixes drawn at random:
+    gp    random cards, any value 1..13 for each face, a random formula, and as target whatever the formula makes
+    virl  other cities, every name, both frames of action, turns told in both frames or in one
+    math  1 to 5 steps, half of the problems with an operator that the prompt explains
+So the base learns to read the stated rule, whatever it is, and sometimes to answer again after a failure. Problems that
+an evaluation split or the controller's validation split uses never occur here (`gp`, `virl`, `mathematics` below drop
+them); operators of `ood_rule` in math do not occur either. Pictures come in every suit and every look.
 """
 
 import argparse
+import copy
 import math
 import random
 import sys
 import time
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import trange
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration,
+                          PreTrainedTokenizerFast, SiglipVisionConfig)
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import tasks  # noqa: E402
 
+WIDTH, VIEW_WIDTH = 352, 448  # tokens of a row of packed conversations; the longest conversation fits
+PATCH = 12  # pixels: a picture is 16 tokens
+
 SPECIALS = ["<pad>", "<eos>", "<unk>"]
-# Text that never varies is one token, so that following the original's JSON format costs a few tokens, not hundreds.
-FRAGMENTS = [tasks.INSTRUCTION + "\nCards: ", ". J counts as ", ", Q counts as ", ", K counts as ", ". Make ", ".\n",
-             '{"cards": ["', '", "', '"], "number": [', '], "formula": "', '"}', ", ", "=", "+", "-", "*", "/", "(", ")"]
-WORDS = FRAGMENTS + ["A", "J", "Q", "K"] + [str(n) for n in range(101)]
+# Text that never varies is one token, so that following the original's formats costs a few tokens, not hundreds.
+FEEDBACK = sorted({tasks.FEEDBACK.format(wrong) for task in tasks.TASKS.values()
+                   for _, wrong in task.episode.outcomes.values() if wrong})
+GP = [tasks.INSTRUCTION + "\nCards: ", ". J counts as ", ", Q counts as ", ", K counts as ", ". Make ", ".\n",
+      '{"cards": ["', '", "', '"], "number": [', '], "formula": "', '"}', ", ", "=", "+", "-", "*", "/", "(", ")"]
+VIRL = [tasks.GUIDE, "." + tasks.VIEWS[:-1], ".\nYou face ", "First, turn ", "Turn ", " to face ", "to face ", ".",
+        "Move forward until you reach next intersection", "Move forward until you reach destination", " where ",
+        " is on your ", tasks.NOTHING, tasks.CROSSING, "You observe an image of 4 views", '{"current observation": "',
+        '", "action": "', "turn_direction(", ')"}', tasks.FORWARD, tasks.HALT,
+        *(f"{dot}\n{i}. " for i in range(1, 7) for dot in ("", ".")),
+        *(f'", "current instruction": "{i}. ' for i in range(1, 7)),
+        *(f"{dot}\nO_{i}: " for i in range(1, 11) for dot in ("", ".")), *(f"\nA_{i}: " for i in range(1, 11)),
+        *tasks.NAMES, *tasks.HEADINGS, *dict.fromkeys(tasks.BEARINGS + tasks.ACTION_WORDS["relative"])]
+MATH = ["? " + tasks.REQUEST, ". How many ", ". ", "\n", " = ", " means ", "a", "b", "Answer: \\boxed{", "}",
+        *(f" {operator} " for operator in "+-*/" + "".join(tasks.SYMBOLS)), *tasks.THINGS]
+FRAGMENTS = list(dict.fromkeys(GP + FEEDBACK + [tasks.IMAGE] + VIRL + MATH))
+WORDS = FRAGMENTS + ["A", "J", "Q", "K"] + [str(n) for n in range(301)]
 
 
 def make_tokenizer():
-    """Every fragment, operator, bracket and integer 0..100 is one token; decoding gives back the same text."""
-    escape = lambda text: "".join("\\" + c if c in r"\.[]{}()*+-/|^$?" else c for c in text)  # noqa: E731
+    """Every fragment, operator, bracket and integer 0..300 is one token; decoding gives back the same text."""
+    escape = lambda text: "".join("\\" + c if c in r"\.[]{}()*+-/|^$?&~#" else c for c in text)  # noqa: E731
     pattern = "|".join([escape(f) for f in sorted(FRAGMENTS, key=len, reverse=True)] + ["[0-9]+", "."])
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIALS + WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
@@ -45,72 +70,161 @@ def make_tokenizer():
                                    padding_side="left", clean_up_tokenization_spaces=False)
 
 
-def random_formula(numbers, rng):
-    """((text, precedence), value) of a random formula that uses each number once; value None if undefined."""
-    if len(numbers) == 1:
-        return (str(numbers[0]), tasks.ATOM), Fraction(numbers[0])
-    cut = rng.randrange(1, len(numbers))
-    (left, a), (right, b), op = random_formula(numbers[:cut], rng), random_formula(numbers[cut:], rng), rng.choice("+-*/")
-    value = None if a is None or b is None or (op == "/" and b == 0) else tasks.apply(op, a, b)
-    return tasks.join(left, op, right), value
-
-
-def example(rng):
-    """One (prompt, response) of pretraining text."""
+def gp(rng, pictures=False):
     while True:
         ranks = tuple(rng.choices(tasks.RANKS, k=4))
         alike, free = rng.randint(1, 13), [rng.randint(1, 13) for _ in tasks.FACES]
         rule = dict(zip(tasks.FACES, [alike] * 3 if rng.random() < 0.5 else free))
         numbers = tasks.values_of(ranks, rule)
-        (formula, _), value = random_formula(rng.sample(numbers, 4), rng)
+        (formula, _), value = tasks.random_formula(rng.sample(numbers, 4), rng)
         if value is None or value.denominator != 1 or not 1 <= value <= 100:
             continue
         if value == tasks.TARGET and tasks.ROLES[tuple(sorted(numbers))] != "train":
             continue  # kept for evaluation: this deal is never seen making 24
-        return tasks.write_prompt(ranks, rule, value), tasks.write_response(ranks, numbers, formula, value)
+        fields = dict(ranks=ranks, stated=rule, numbers=numbers, formula=formula, target=int(value))
+        deal = tasks.PictureDeal(**fields, suits="".join(rng.choices("SCHD", k=4))) if pictures else tasks.Deal(**fields)
+        deal.attempts = 2
+        if rng.random() < 0.15:
+            (wrong, _), other = tasks.random_formula(rng.sample(numbers, 4), rng)
+            deal.slips = {0: deal.respond(wrong)} if other != value else {}
+        return deal
 
 
-def make_batch(tokenizer, size, rng):
-    """(ids, labels), each (size, T), right-padded: only responses carry loss, since prompts are random."""
-    pairs = [example(rng) for _ in range(size)]
-    prompts, responses = ([ids + [tokenizer.eos_token_id] * is_response for ids in tokenizer(list(texts))["input_ids"]]
-                          for is_response, texts in enumerate(zip(*pairs)))
-    rows = [(p + r, [-100] * len(p) + r) for p, r in zip(prompts, responses)]
-    width = 52  # one shape for every batch: --compile compiles once
-    pad = lambda row, fill: row + [fill] * (width - len(row))  # noqa: E731
-    return (torch.tensor([pad(ids, tokenizer.pad_token_id) for ids, _ in rows]),
-            torch.tensor([pad(labels, -100) for _, labels in rows]))
+@lru_cache(maxsize=None)
+def city(seed):
+    return tasks.City(f"pretraining {seed}", tasks.NAMES)  # tasks.VIRL's own seeds name a role: never the same city
+
+
+def virl(rng, pictures=False):
+    frame, told = rng.choice([("absolute", "both"), ("absolute", "absolute"), ("relative", "both"),
+                              ("relative", "absolute"), ("relative", "absolute"), ("relative", "relative")])
+    number = rng.randrange(2000)
+    fields = dict(city=number, **tasks.route_parts(city(number), rng, rng.choice((2, 3)), frame, told))
+    looks = dict(look=rng.randrange(len(tasks.LOOKS))) if pictures else {}
+    route = (tasks.PictureRoute if pictures else tasks.Route)(**fields, **looks)
+    if rng.random() < 0.3:
+        point, ahead = rng.randrange(route.points), copy.copy(route)
+        ahead.point = point
+        wrong = rng.choice([action for action in route.actions if action != route.stops[point].action])
+        route.slips = {point: ahead.respond(wrong)}
+    return route
+
+
+def mathematics(rng, pictures=False):
+    allowed = [meaning for meaning in tasks.MEANINGS if meaning not in tasks.OOD_MEANINGS]
+    while True:
+        rule = (rng.choice(allowed), rng.choice(tasks.SYMBOLS)) if rng.random() < 0.5 else ()
+        problem = tasks.chain(rng, rng.randint(1, 5), *rule)
+        if tasks.role_of(problem.unit) == "train":
+            return problem
+
+
+FAMILIES = {"gp": (gp, 0.4), "virl": (virl, 0.3), "math": (mathematics, 0.3)}  # share of the tokens
+
+
+def encode(tokenizer, episode):
+    """(ids, labels, pictures) of an expert's conversation: only what the policy says well carries loss."""
+    ids, labels, images = [], [], []
+    for turn in episode.demonstration():
+        shown = turn.shown.replace(tasks.IMAGE, tasks.IMAGE * (tasks.SIDE // PATCH) ** 2)
+        for text, learn in ((shown, False), (turn.response, turn.learn)):
+            part = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * (text is turn.response)
+            ids, labels = ids + part, labels + (part if learn else [-100] * len(part))
+        images += [turn.image] if turn.image is not None else []
+    return ids, labels, images
+
+
+def make_rows(tokenizer, count, width, families, pictures, rng, used):
+    """A batch of rows, each filled with whole conversations: ids, labels, positions, document, and the pictures."""
+    ids, labels = np.full((count, width), tokenizer.pad_token_id), np.full((count, width), -100)
+    position, document, images = np.zeros((count, width), int), np.zeros((count, width), int), []
+    for row in range(count):
+        filled, number = 0, 0
+        while True:
+            family = min(families, key=lambda name: used[name] / FAMILIES[name][1])  # the one that lags behind its share
+            ids_, labels_, images_ = encode(tokenizer, FAMILIES[family][0](rng, pictures))
+            used[family] += len(ids_)
+            if filled + len(ids_) > width:
+                break  # does not fit any more: the row is done, the conversation dropped
+            here = slice(filled, filled + len(ids_))
+            filled, number = here.stop, number + 1
+            ids[row, here], labels[row, here] = ids_, labels_
+            labels[row, here.start] = -100  # not predicted from another conversation
+            position[row, here], document[row, here] = range(len(ids_)), number
+            images += images_
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 127.5 - 1 if images else None
+    return *map(torch.from_numpy, (ids, labels, position, document)), pixels
+
+
+def build(tokenizer, pictures):
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id)
+    if not pictures:
+        return LlamaForCausalLM(text)
+    vision = SiglipVisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+                                image_size=tasks.SIDE, patch_size=PATCH, vision_use_head=False)
+    return LlavaForConditionalGeneration(LlavaConfig(
+        text_config=text, vision_config=vision, image_token_id=tokenizer.convert_tokens_to_ids(tasks.IMAGE),
+        vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id))
+
+
+def warm_start(model, tokenizer, folder):
+    """Copy the text weights of a checkpoint; rows of the vocabulary go by word, so that it may have grown."""
+    old, words = load_file(Path(folder) / "model.safetensors"), AutoTokenizer.from_pretrained(folder).get_vocab()
+    prefix = "model.language_model." if hasattr(model.config, "vision_config") else "model."
+    own = dict(model.named_parameters())
+    for name, tensor in old.items():
+        target = own[name.replace("model.", prefix, 1)].data
+        if "embed_tokens" in name:
+            for word, row in tokenizer.get_vocab().items():
+                if word in words:
+                    target[row] = tensor[words[word]]
+        else:
+            target.copy_(tensor)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--pictures", action="store_true", help="a LLaVA that sees the cards and the streets; no math")
+    parser.add_argument("--init", help="checkpoint folder whose text weights are the start")
     parser.add_argument("--steps", type=int, default=9000, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=128, help="examples in a step")
+    parser.add_argument("--tokens", type=int, default=11000, help="tokens in a step, about")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; 100 steps up, then cosine to 1%%")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write")
+    parser.add_argument("--out", type=Path, help="folder to write; default: base/, with --pictures base-vl/")
     args = parser.parse_args(argv)
+    out = args.out or (HERE.parent / "base-vl" if args.pictures else HERE)
 
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    tokenizer = make_tokenizer()
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, attn_implementation="eager")).to(args.device)
+    tokenizer, families = make_tokenizer(), [f for f in args.families if not (args.pictures and f == "math")]
+    width = VIEW_WIDTH if args.pictures else WIDTH
+    rows, used = max(1, args.tokens // width), dict.fromkeys(families, 0)
+    model = build(tokenizer, args.pictures).to(args.device)
+    if args.init:
+        warm_start(model, tokenizer, args.init)
     forward = torch.compile(model) if args.compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = min(100, args.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / warmup, 0.505 + 0.495 * math.cos(math.pi * step / args.steps)))
+    causal = torch.ones(width, width, dtype=torch.bool, device=args.device).tril()
 
     start, smooth = time.time(), None
     for _ in (bar := trange(args.steps, desc="pretraining", mininterval=5)):
-        ids, labels = (tensor.to(args.device) for tensor in make_batch(tokenizer, args.batch_size, rng))
+        batch = make_rows(tokenizer, rows, width, families, args.pictures, rng, used)
+        ids, labels, position, document, pixels = (x if x is None else x.to(args.device) for x in batch)
+        attention = (document[:, :, None] == document[:, None, :]) & causal  # conversations do not see each other
+        extra = {} if pixels is None else dict(pixel_values=pixels)
         with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-            loss = forward(input_ids=ids, labels=labels).loss  # causal and right-padded: padding needs no mask
+            loss = forward(input_ids=ids, labels=labels, position_ids=position, attention_mask=attention[:, None],
+                           **extra).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -118,10 +232,10 @@ def main(argv=None):
         schedule.step()
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix(loss=f"{smooth:.4f}")
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.out}: {parameters:,} parameters, {args.steps} steps of {args.batch_size}, loss {smooth:.4f}, "
+    print(f"{out}: {parameters:,} parameters, {args.steps} steps of {rows} rows of {width} tokens, loss {smooth:.4f}, "
           f"{(time.time() - start) / 60:.1f} minutes on {args.device} ({torch.get_num_threads()} threads)")
 
 
