@@ -18,11 +18,14 @@ Where this differs from the paper, and why, is in README.md; the lines concerned
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
 import os
 import random
+import re
+import statistics
 import subprocess
 import sys
 import time
@@ -37,9 +40,10 @@ import transformers
 from torch.func import functional_call, jvp
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
+from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig,
+                          LogitsProcessor)
 
-from tasks import OUTCOMES, TASKS
+from tasks import IMAGE, TASKS
 
 HERE = Path(__file__).resolve().parent
 
@@ -60,9 +64,12 @@ def flag(default, group, text, low=None, high=math.inf, choices=None):
 @dataclass
 class Config:
     """Every flag: default, group in --help, meaning, lowest and highest value. The command line is built from it."""
-    task: str = flag("gp", "what", "the task", choices=tuple(TASKS))
+    task: str = flag("gp", "what", "the task", choices=TASKS)
     model: str = flag("base", "what", "checkpoint folder or hub name to start from; base: the one beside amft.py")
     seed: int = flag(0, "what", "seed of everything random; same seed, same CPU: the same log", 0)
+    turns: int = flag(0, "what", "graded attempts at each answer or step; 0: the task's own (1, in virl 2)", 0, 20)
+    data: str = flag("", "what", "math: your problems, a .jsonl file with prompt, solution and answer in each line")
+    data_heldout: float = flag(0.2, "what", "share of --data kept for the split heldout; as much again for val", 0.01, 0.45)
     device: str = flag("auto", "what", "cpu, cuda, mps; auto takes the first of cuda, mps, cpu that is there")
     out: str = flag("", "what", "folder of the run (default: runs/TASK, numbered if taken)")
 
@@ -127,13 +134,16 @@ SMOKE = dict(steps=6, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, m
 
 @dataclass
 class Batch:
-    """Prompts left-padded, responses right-padded, so that every response starts in the same column."""
+    """Conversations. Prompts are left-padded, so that every first response starts in the same column; after it, turns
+    of different length leave holes, which attention hides."""
     ids: torch.Tensor  # (B, S)
     attention: torch.Tensor  # (B, S), 1 on real tokens
-    mask: torch.Tensor  # (B, T), 1.0 on response tokens up to and including EOS: the tokens with loss
+    mask: torch.Tensor  # (B, T), from the first response on: 1.0 on the policy's own tokens, EOS included; these carry loss
+    pixels: list = ()  # of each row: its pictures in order, (n, 3, H, W) or (0,); () if no row has any
 
     def __getitem__(self, rows):
-        return Batch(self.ids[rows], self.attention[rows], self.mask[rows])
+        chosen = torch.arange(len(self))[rows.cpu() if torch.is_tensor(rows) else rows].tolist()
+        return Batch(self.ids[rows], self.attention[rows], self.mask[rows], [self.pixels[i] for i in chosen if self.pixels])
 
     def __len__(self):
         return len(self.ids)
@@ -146,25 +156,58 @@ class Batch:
         return self.ids[:, -self.mask.shape[1]:]
 
 
-def encode_prompts(tokenizer, prompts, device):
-    """Left-padded (ids, attention), each (P, S). A chat model gets its own template, a base model the plain text."""
+def encode_shown(model, tokenizer, text, first=True):
+    """Token ids of a prompt (first) or of an observation. A chat model gets its own template, a base model plain text."""
+    vision = getattr(model.config, "vision_config", None)
+    text = text.replace(IMAGE, IMAGE * (vision.image_size // vision.patch_size) ** 2) if vision else text
     if tokenizer.chat_template:
-        prompts = [tokenizer.apply_chat_template([dict(role="user", content=p)], tokenize=False,
-                                                 add_generation_prompt=True) for p in prompts]
-    encoded = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
-                        add_special_tokens=not tokenizer.chat_template)  # a template writes its own BOS
-    return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+        before, mark = [] if first else [dict(role="user", content="-"), dict(role="assistant", content="<mark>")], "<mark>"
+        text = tokenizer.apply_chat_template(before + [dict(role="user", content=text)], tokenize=False,
+                                             add_generation_prompt=True)
+        text = text.split(mark)[-1].removeprefix(tokenizer.eos_token)  # an observation follows the policy's own EOS
+    return tokenizer(text, add_special_tokens=first and not tokenizer.chat_template)["input_ids"]
 
 
-def encode_demos(tokenizer, episodes, device):
-    """Batch of (prompt, expert response, EOS): EOS is trained on, or the policy would never learn to stop."""
-    ids, attention = encode_prompts(tokenizer, [e.prompt for e in episodes], device)
-    responses = [tokenizer(e.expert, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-                 for e in episodes]
-    width = max(map(len, responses))
-    padded = torch.tensor([r + [tokenizer.pad_token_id] * (width - len(r)) for r in responses], device=device)
-    mask = torch.tensor([[1.0] * len(r) + [0.0] * (width - len(r)) for r in responses], device=device)
-    return Batch(torch.cat([ids, padded], 1), torch.cat([attention, mask.long()], 1), mask)
+def pad(rows, tokenizer, device, left=False):
+    """(ids, attention), each (B, width), of lists of token ids."""
+    width = max(map(len, rows))
+    fill = lambda row, value: [value] * (width - len(row)) if left else []  # noqa: E731
+    tail = lambda row, value: [] if left else [value] * (width - len(row))  # noqa: E731
+    return (torch.tensor([fill(r, tokenizer.pad_token_id) + r + tail(r, tokenizer.pad_token_id) for r in rows],
+                         dtype=torch.long, device=device),
+            torch.tensor([fill(r, 0) + [1] * len(r) + tail(r, 0) for r in rows], dtype=torch.long, device=device))
+
+
+def pixels_of(images, device):
+    """(n, 3, H, W) in [-1, 1] of a list of (H, W, 3) uint8 pictures; (0,) of none."""
+    if not images:
+        return torch.empty(0, device=device)
+    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def extra_inputs(pixels):
+    """What a model with eyes takes beside the tokens: the pictures of all rows, in reading order."""
+    pixels = [p for p in pixels if len(p)]
+    return dict(pixel_values=torch.cat(pixels)) if pixels else {}
+
+
+def encode_demos(model, tokenizer, episodes):
+    """Batch of expert conversations. EOS carries loss, or the policy would never learn to stop."""
+    prompts, rests, masks, pixels = [], [], [], []
+    for turns in (episode.demonstration() for episode in episodes):
+        prompts.append(encode_shown(model, tokenizer, turns[0].shown))
+        rest, mask = [], []
+        for i, turn in enumerate(turns):
+            shown = encode_shown(model, tokenizer, turn.shown, first=False) if i else []
+            said = tokenizer(turn.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            rest, mask = rest + shown + said, mask + [0.0] * len(shown) + [float(turn.learn)] * len(said)
+        rests.append(rest)
+        masks.append(mask)
+        pixels.append(pixels_of([turn.image for turn in turns if turn.image is not None], model.device))
+    (ids, attention), (rest, rest_attention) = (pad(prompts, tokenizer, model.device, left=True),
+                                                pad(rests, tokenizer, model.device))
+    masks = torch.tensor([mask + [0.0] * (rest.shape[1] - len(mask)) for mask in masks], device=model.device)
+    return Batch(torch.cat([ids, rest], 1), torch.cat([attention, rest_attention], 1), masks, pixels)
 
 
 def positions(attention):
@@ -175,7 +218,7 @@ def outputs(model, batch, temperature=1.0, theta=None):
     """(logits (B, T, V) that predict the response tokens, last hidden states (B, T, D)) at theta, or as loaded."""
     T = batch.mask.shape[1]
     inputs = dict(input_ids=batch.ids, attention_mask=batch.attention, position_ids=positions(batch.attention),
-                  logits_to_keep=T + 1, output_hidden_states=True, use_cache=False)
+                  logits_to_keep=T + 1, output_hidden_states=True, use_cache=False, **extra_inputs(batch.pixels))
     out = model(**inputs) if theta is None else functional_call(model, unflatten(model, theta), kwargs=inputs)
     # Column t of the logits predicts column t + 1 of the ids, so the response is predicted from one column earlier.
     return out.logits[:, :-1] / temperature, out.hidden_states[-1][:, -T - 1:-1]
@@ -200,45 +243,101 @@ def unflatten(model, theta):
     return {name: part.view_as(p) for (name, p), part in zip(model.named_parameters(), theta.split(sizes))}
 
 
-class EntropyMeter(LogitsProcessor):
-    """Reads the policy's entropy (nats) off the logits that generation computes anyway; changes nothing."""
+class Watcher(LogitsProcessor):
+    """Reads the policy's entropy (nats) off the logits that generation computes anyway; changes nothing in the
+    conversations that go on, and lets those that are `done` (B,) say EOS at once."""
 
-    def __init__(self):
-        self.columns = []
+    def __init__(self, done, eos):
+        self.done, self.eos, self.columns = done, eos, []
 
     def __call__(self, ids, logits):
         logp = logits.log_softmax(-1)
         self.columns.append(-(logp.exp() * logp).sum(-1))
+        if self.done.any():
+            logits = logits.masked_fill(self.done.unsqueeze(1), -torch.inf)
+            logits[self.done, self.eos] = 0.0
         return logits
 
 
-@torch.no_grad()
-def rollout(model, tokenizer, prompts, samples=1, max_new_tokens=40, temperature=1.0):
-    """Sample G = `samples` responses to each of P prompts; temperature 0 is greedy.
+@dataclass
+class Rollouts:
+    """G conversations with each of P episodes, a prompt's conversations together; B = P * G."""
+    episodes: list  # B copies, played to their ends
+    batch: Batch
+    responses: list  # of each conversation: the policy's texts
+    seen: list  # of each conversation: whether a response read its picture right, or None
+    graded: torch.Tensor  # (B, T) the task's reward of each response, at its last token
+    success: torch.Tensor  # (P, G) 1.0 where the episode was solved: R_explicit of Eq. 1, whatever --reward says
+    entropy: float  # of the policy at temperature 1, mean over the sampled tokens, nats
+    truncated: float  # share of responses cut off before EOS
+    rewards: torch.Tensor = None  # (B, T) of --reward
+    advantages: torch.Tensor = None  # (B, T)
+    returns: torch.Tensor = None  # (B, T)
+    old_logps: torch.Tensor = None  # (B, T)
 
-    Returns (Batch of B = P * G rows, a prompt's samples together; texts, B strings; mean entropy of the policy, at
-    temperature 1, over the sampled tokens, nats; share of responses cut off before EOS).
-    """
-    ids, attention = encode_prompts(tokenizer, prompts, model.device)
-    # Read each prompt once, not G times; its last token is left for generate, which then has logits to sample from.
-    cache = model(input_ids=ids[:, :-1], attention_mask=attention[:, :-1], position_ids=positions(attention)[:, :-1],
-                  use_cache=True, logits_to_keep=1).past_key_values
+
+@torch.no_grad()
+def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperature=1.0):
+    """Let the policy hold G = `samples` conversations with each of P episodes; temperature 0 is greedy. -> Rollouts"""
+    def read(cache=None):
+        """Prefill what is not in the cache but for the last token, which generate needs, to have logits to sample from."""
+        new = slice(cache.get_seq_length() if cache else 0, -1)
+        return model(input_ids=ids[:, new], attention_mask=attention[:, :-1], position_ids=positions(attention)[:, new],
+                     past_key_values=cache, use_cache=True, logits_to_keep=1, **extra_inputs(pictures)).past_key_values
+
+    ids, attention = pad([encode_shown(model, tokenizer, e.prompt) for e in episodes], tokenizer, model.device, left=True)
+    pictures = [pixels_of([e.image] if IMAGE in e.prompt else [], model.device) for e in episodes]
+    cache = read()  # each prompt once, not G times
     cache.batch_repeat_interleave(samples)
     ids, attention = ids.repeat_interleave(samples, 0), attention.repeat_interleave(samples, 0)
-    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
-    meter = EntropyMeter()
-    out = model.generate(ids, attention_mask=attention, past_key_values=cache, logits_processor=[meter],
-                         generation_config=GenerationConfig(
-                             max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
-                             pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, **how))
-    responses = out[:, ids.shape[1]:]
-    # Finished before this token? Told by the EOS that came, never by ids == pad: pad may be EOS, or be sampled.
-    ended = (responses == tokenizer.eos_token_id).long()
-    mask = (ended.cumsum(1) - ended == 0).float()
-    batch = Batch(out, torch.cat([attention, mask.long()], 1), mask)
-    texts = tokenizer.batch_decode([r[m.bool() & ~e.bool()] for r, m, e in zip(responses, mask, ended)])
-    entropy = (torch.stack(meter.columns, 1) * mask).sum() / mask.sum()
-    return batch, texts, entropy.item(), 1 - ended.any(1).float().mean().item()
+    played = [copy.copy(episode) for episode in episodes for _ in range(samples)]
+    pixels = [[picture] for picture in pictures for _ in range(samples)]
+    responses, seen = [[] for _ in played], [[] for _ in played]
+    done = torch.zeros(len(played), dtype=torch.bool, device=model.device)
+    graded = mask = torch.zeros(len(played), 0, device=model.device)
+    entropy, said, truncated, prompt_width = 0.0, 0, 0, ids.shape[1]
+    how = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+                           pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+                           **dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {})
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+
+    while True:
+        watcher = Watcher(done, tokenizer.eos_token_id)
+        out = model.generate(ids, attention_mask=attention, past_key_values=cache, logits_processor=[watcher],
+                             generation_config=how)
+        new = out[:, ids.shape[1]:]
+        # Finished before this token? Told by the EOS that came, never by ids == pad: pad may be EOS, or be sampled.
+        ended = (new == tokenizer.eos_token_id).long()
+        now = ((ended.cumsum(1) - ended == 0) & ~done.unsqueeze(1)).float()  # what was said in this turn
+        entropy += (torch.stack(watcher.columns, 1) * now).sum().item()
+        said += (~done).sum().item()
+        truncated += (~done & ~ended.any(1)).sum().item()
+        reward, shown = torch.zeros_like(now), [""] * len(played)
+        for row in (~done).nonzero().squeeze(1).tolist():  # grade, and let the environment answer
+            text, episode = tokenizer.decode(new[row][now[row].bool() & ~ended[row].bool()]), played[row]
+            responses[row].append(text)
+            seen[row].append(episode.recognised(text))
+            shown[row], reward[row, now[row].sum().long() - 1], done[row] = episode.step(text)
+        mask, graded = torch.cat([mask, now], 1), torch.cat([graded, reward], 1)
+        ids, attention = out, torch.cat([attention, now.long()], 1)
+        if done.all():
+            break
+        observed, real = pad([[] if over else encode_shown(model, tokenizer, text, first=False)
+                              for text, over in zip(shown, done.tolist())], tokenizer, model.device, left=True)
+        if ids.shape[1] + observed.shape[1] + max_new_tokens > longest:
+            break  # out of room: what is not solved by now stays unsolved
+        pictures = [pixels_of([e.image] if IMAGE in text and not over else [], model.device)
+                    for e, text, over in zip(played, shown, done.tolist())]
+        pixels = [row + [picture] for row, picture in zip(pixels, pictures)]
+        ids, attention = torch.cat([ids, observed], 1), torch.cat([attention, real], 1)
+        mask, graded = (torch.cat([x, torch.zeros_like(real, dtype=x.dtype)], 1) for x in (mask, graded))
+        read(cache)
+
+    pixels = [torch.cat([p for p in row if len(p)]) if any(map(len, row)) else row[0] for row in pixels]
+    success = torch.tensor([float(e.success) for e in played], device=model.device).view(-1, samples)
+    assert mask.shape[1] == ids.shape[1] - prompt_width
+    return Rollouts(played, Batch(ids, attention, mask, pixels), responses, seen, graded, success,
+                    entropy / mask.sum().item(), truncated / said)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -268,16 +367,19 @@ def group_advantages(rewards):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalised advantage estimation (Schulman et al. 2016) over the tokens of each response.
+    """Generalised advantage estimation (Schulman et al. 2016) over the policy's tokens of each conversation.
 
-    rewards, values, mask (B, T), responses right-padded -> (advantages, returns), each (B, T), 0 on padding. The value
-    after the last token is 0: a response is an episode, also when it was cut off.
+    rewards, values, mask (B, T) -> (advantages, returns), each (B, T), 0 off the mask. What the environment says between
+    two responses is stepped over, so that advantages cross turns. The value after the last token is 0: a conversation
+    is an episode, also when it was cut off.
     """
-    advantages, running, next_value = torch.zeros_like(values), 0.0, 0.0
+    advantages, running, next_value = torch.zeros_like(values), torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
+        own = mask[:, t] > 0
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        running = (delta + gamma * lam * running) * mask[:, t]  # padding: nothing runs past the end
-        advantages[:, t], next_value = running, values[:, t] * mask[:, t]
+        running = torch.where(own, delta + gamma * lam * running, running)
+        next_value = torch.where(own, values[:, t], next_value)
+        advantages[:, t] = running * own
     return advantages, (advantages + values) * mask
 
 
@@ -394,18 +496,36 @@ def interval(hits, units, z=1.96):
     return min(p, centre - half), max(p, centre + half)
 
 
-def evaluate(model, tokenizer, task, split, n, max_new_tokens=40, batch_size=500):
-    """Greedy success on n episodes of a split, always the same ones: {split, n, success, low, high, outcomes}."""
+def evaluate(model, tokenizer, task, split, n, max_new_tokens=40, batch_size=250):
+    """Greedy play of n episodes of a split, always the same ones.
+
+    Returns {split, n, success, low, high, outcomes of all responses}, and, where they say something else, each as
+    (share, low, high): step_accuracy, of single responses; first_try, episodes solved without a failed attempt;
+    recognition, responses that read their picture right.
+    """
     rng = random.Random(f"evaluate {split}")
-    episodes, outcomes = [task.sample(split, rng) for _ in range(n)], []
+    episodes = [task.sample(split, rng) for _ in range(n)]
+    played, seen = [], []
     for start in range(0, n, batch_size):
-        part = episodes[start:start + batch_size]
-        texts = rollout(model, tokenizer, [e.prompt for e in part], 1, max_new_tokens, temperature=0)[1]
-        outcomes += [e.grade(text) for e, text in zip(part, texts)]
-    hits = [int(outcome == "correct") for outcome in outcomes]
-    low, high = interval(hits, [e.unit for e in episodes])
-    return dict(split=split, n=n, success=sum(hits) / n, low=low, high=high,
-                outcomes={name: outcomes.count(name) for name in OUTCOMES})
+        part = rollout(model, tokenizer, episodes[start:start + batch_size], 1, max_new_tokens, temperature=0)
+        played, seen = played + part.episodes, seen + part.seen
+
+    def measure(hits):
+        """(share, low, high) of lists of hits, one list for each episode."""
+        flat = [(int(hit), e.unit) for e, own in zip(played, hits) for hit in own]
+        hits, units = zip(*flat)
+        return sum(hits) / len(hits), *interval(hits, units)
+    correct = [[outcome == "correct" for outcome in e.history] for e in played]
+    success, low, high = measure([[e.success] for e in played])
+    counts = Counter(outcome for e in played for outcome in e.history)
+    row = dict(split=split, n=n, success=success, low=low, high=high,
+               outcomes={name: counts[name] for name in task.episode.outcomes})
+    if any(e.points > 1 or e.attempts > 1 for e in played):
+        row.update(step_accuracy=measure(correct),
+                   first_try=measure([[e.success and all(own)] for e, own in zip(played, correct)]))
+    if played[0].image is not None or any(hit is not None for hit in seen[0]):
+        row.update(recognition=measure(seen))
+    return row
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -420,7 +540,8 @@ def chunks(chosen, size):
 
 
 def gradient(model, loss):
-    return parameters_to_vector(torch.autograd.grad(loss, list(model.parameters())))
+    """(N,); zero for what the loss does not use, as the last layers of a vision tower."""
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)])
 
 
 def sft_gradient(model, batch, config):
@@ -460,42 +581,24 @@ def rl_gradient(model, phi, rollouts, config):
     return grad, total, value_total
 
 
-@dataclass
-class Rollouts:
-    """G samples of each of P episodes, graded. Tensors (B, T) but for rewards and success (P, G)."""
-    episodes: list
-    batch: Batch
-    texts: list
-    outcomes: list
-    rewards: torch.Tensor
-    success: torch.Tensor  # 1.0 where the verifier accepts: R_explicit of Eq. 1, whatever --reward says
-    entropy: float
-    truncated: float
-    advantages: torch.Tensor = None
-    returns: torch.Tensor = None
-    old_logps: torch.Tensor = None
-
-
 def explore(model, tokenizer, episodes, config):
-    batch, texts, entropy, truncated = rollout(model, tokenizer, [e.prompt for e in episodes], config.samples,
-                                               config.max_new_tokens, config.temperature)
-    outcomes = [episodes[i // config.samples].grade(text) for i, text in enumerate(texts)]
-    success = torch.tensor([float(o == "correct") for o in outcomes], device=model.device).view(-1, config.samples)
-    graded = torch.tensor([OUTCOMES[o] for o in outcomes], device=model.device).view(-1, config.samples)
-    rewards = graded if config.reward == "graded" else success
-    return Rollouts(episodes, batch, texts, outcomes, rewards, success, entropy, truncated)
+    """Rollouts with the reward that --reward asks for."""
+    rollouts = rollout(model, tokenizer, episodes, config.samples, config.max_new_tokens, config.temperature)
+    mask = rollouts.batch.mask
+    last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask  # the conversation's last token
+    rollouts.rewards = rollouts.graded if config.reward == "graded" else rollouts.success.reshape(-1, 1) * last
+    return rollouts
 
 
 @torch.no_grad()
 def add_advantages(model, phi, rollouts, config):
-    """Fill in advantages (and the value function's targets) of rewards that come with a response's last token."""
+    """Fill in advantages, and the value function's targets."""
     batch, mask = rollouts.batch, rollouts.batch.mask
     if config.advantage == "group":
-        rollouts.advantages = group_advantages(rollouts.rewards).reshape(-1, 1) * mask
+        rollouts.advantages = group_advantages(rollouts.rewards.sum(1).view(-1, config.samples)).reshape(-1, 1) * mask
         return
     values = torch.cat([phi(outputs(model, part)[1]).squeeze(-1) for part in batch.split(config.micro_batch)]) * mask
-    last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask
-    advantages, rollouts.returns = gae(rollouts.rewards.reshape(-1, 1) * last, values, mask, config.gamma, config.lam)
+    advantages, rollouts.returns = gae(rollouts.rewards, values, mask, config.gamma, config.lam)
     mean = (advantages * mask).sum() / mask.sum()
     std = (((advantages - mean) ** 2 * mask).sum() / mask.sum()).sqrt()
     rollouts.advantages = (advantages - mean) / (std + 1e-8) * mask
@@ -528,8 +631,9 @@ class State:
 
 def train(config, out):
     """Algorithm 1: SFT warm-up, then mixed steps. Writes folder `out`, or goes on from the state that lies there."""
-    model, tokenizer = load_policy(config)
-    task, run = TASKS[config.task](), Run(out, config)
+    task = make_task(config)
+    model, tokenizer = load_policy(config, task)
+    run = Run(out, config)
     theta = flatten(model)
     reference = theta.clone()  # pi_ref of the implicit reward: the policy before fine-tuning
     torch.manual_seed(config.seed)
@@ -553,7 +657,7 @@ def train(config, out):
         how = dict(lr=config.lr * (1 - (step - 1) / last if config.decay else 1), max_norm=config.max_norm,
                    weight_decay=config.weight_decay)
 
-        demo_batch = encode_demos(tokenizer, rng.sample(demos, config.sft_batch), model.device)
+        demo_batch = encode_demos(model, tokenizer, rng.sample(demos, config.sft_batch))
         if mixed > 0:
             rollouts = explore(model, tokenizer, [task.sample("train", rng) for _ in range(config.prompts)], config)
             add_advantages(model, phi, rollouts, config)
@@ -599,7 +703,7 @@ def train(config, out):
         row["implicit_reward"] = implicit_reward(logps, ref_logps, demo_batch.mask, config.beta).mean().item()
 
         state.step, state.seconds = step, time.time() - start
-        run.log_step(row, rollouts, state, config)
+        run.log_step(row, rollouts, state, tokenizer, config)
         if mixed == 0:
             run.report(step, model, tokenizer, task, config)
         if step % config.save_every == 0 or step == last:
@@ -618,7 +722,7 @@ def train(config, out):
 
 STEP_KEYS = ("step", "mu", "meta_grad", "meta_se", "meta_force", "entropy_force", "entropy", "target_entropy",
              "sft_loss", "rl_loss", "value_loss", "reward", "success", "zero_adv", "implicit_reward", "grad_norm",
-             "grad_cos", "response_len", "truncated", "rollouts", "seconds")
+             "grad_cos", "response_len", "turns", "truncated", "recognition", "rollouts", "seconds")
 COLUMNS = dict(step="5d", mu="6.3f", meta_grad="10.2e", meta_se="9.2e", entropy="8.3f", sft_loss="9.4f",
                rl_loss="8.4f", success="8.3f", zero_adv="9.2f", grad_norm="10.3f", grad_cos="9.3f", rollouts="9d",
                seconds="8.1f")
@@ -678,18 +782,22 @@ class Run:
             phi_optimizer.load_state_dict(saved.pop("phi_optimizer"))
         return State(**dict(saved, adam=AdamState(*saved["adam"])))
 
-    def log_step(self, row, rollouts, state, config):
+    def log_step(self, row, rollouts, state, tokenizer, config):
         """One line on the screen, one in the log, now and then a sample."""
         if rollouts is not None:
-            alike = rollouts.rewards.amax(1) == rollouts.rewards.amin(1)
-            row.update(reward=rollouts.rewards.mean().item(), success=rollouts.success.mean().item(),
-                       zero_adv=alike.float().mean().item(), truncated=rollouts.truncated,
-                       response_len=rollouts.batch.mask.sum(1).mean().item())
+            rewards = rollouts.rewards.sum(1).view(-1, config.samples)
+            seen = [hit for own in rollouts.seen for hit in own if hit is not None]
+            row.update(reward=rewards.mean().item(), success=rollouts.success.mean().item(),
+                       zero_adv=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+                       response_len=rollouts.batch.mask.sum(1).mean().item(), truncated=rollouts.truncated,
+                       turns=statistics.mean(map(len, rollouts.responses)),
+                       recognition=statistics.mean(seen) if seen else None)
         row.update(rollouts=state.rollouts, seconds=round(state.seconds, 3))
         self.write("step", **{key: row.get(key) for key in STEP_KEYS})
         tqdm.write(cells(row))
         if rollouts is not None and (state.step - config.warmup) % config.sample_every == 1:
-            tqdm.write(f"\n{rollouts.episodes[0].prompt}{rollouts.texts[0]}\n-> {rollouts.outcomes[0]}\n")
+            text = tokenizer.decode(rollouts.batch.ids[0][rollouts.batch.attention[0].bool()])
+            tqdm.write(f"\n{re.sub(f'({IMAGE})+', IMAGE, text)}\n-> {', '.join(rollouts.episodes[0].history)}\n")
 
     def report(self, step, model, tokenizer, task, config):
         for split in tqdm(task.splits, desc="evaluation", leave=False):
@@ -705,12 +813,20 @@ class Run:
               f"log and policy in {self.folder}")
 
 
+MEASURES = {"success": "success", "first_try": "success without a failed attempt",
+            "step_accuracy": "accuracy of single responses", "recognition": "pictures read right"}
+
+
 def print_table(columns):
     """Greedy success in percent with its 95% interval; columns: {heading: [eval row of each split]}."""
-    print("\n" + " " * 10 + "".join(f"{heading:>22}" for heading in columns))
-    for rows in zip(*columns.values()):
-        numbers = (f"{100 * r['success']:.1f} [{100 * r['low']:.1f}, {100 * r['high']:.1f}]" for r in rows)
-        print(f"{rows[0]['split']:10}" + "".join(f"{text:>22}" for text in numbers))
+    for name, title in MEASURES.items():
+        if not all(name in row for rows in columns.values() for row in rows):
+            continue
+        print(f"\n{title + ', %':35}" + "".join(f"{heading:>22}" for heading in columns))
+        for rows in zip(*columns.values()):
+            values = ((r["success"], r["low"], r["high"]) if name == "success" else r[name] for r in rows)
+            cells = ("{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in value)) for value in values)
+            print(f"{rows[0]['split']:35}" + "".join(f"{text:>22}" for text in cells))
 
 
 def check_finite(row, run):
@@ -733,26 +849,47 @@ def git_commit():
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load_policy(config):
+def make_task(config):
+    options = dict(turns=config.turns)
+    if config.data and config.task != "math":
+        raise UserError(f"--data {config.data}: the task {config.task} makes its own problems; --task math takes a file")
+    if config.data:
+        options.update(data=config.data, heldout=config.data_heldout)
+    try:
+        return TASKS[config.task](**options)
+    except ValueError as error:
+        raise UserError(f"--data {error}")
+
+
+def load_policy(config, task):
     """(model, tokenizer) of a checkpoint folder or hub name, checked against the task."""
     transformers.utils.logging.disable_progress_bar()
-    source = HERE / "base" if config.model == "base" else config.model
+    episode = task.sample("train", random.Random(0))
+    eyes = episode.image is not None
+    source = HERE / ("base-vl" if eyes else "base") if config.model == "base" else config.model
     try:
         # Fused attention has no forward-mode derivative, which the meta-gradient needs: "eager" has.
-        model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", dtype=torch.float32)
+        kind = AutoModelForImageTextToText if eyes else AutoModelForCausalLM
+        model = kind.from_pretrained(source, attn_implementation="eager", dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own error
-        raise UserError(f"--model {config.model}: not a checkpoint that transformers can load "
+        raise UserError(f"--model {config.model}: not a {'vision-language ' * eyes}checkpoint that transformers can load "
                         f"({(str(error).splitlines() or [type(error).__name__])[0][:100]})")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    episode = TASKS[config.task]().sample("train", random.Random(0))
-    ids = tokenizer(episode.prompt + episode.expert, add_special_tokens=False)["input_ids"]
-    if tokenizer.decode(ids).split() != (episode.prompt + episode.expert).split():
-        raise UserError(f"--model {config.model}: its tokenizer cannot encode the task {config.task} "
-                        f"(a prompt and response come back as {tokenizer.decode(ids)[-60:]!r})")
-    length = len(tokenizer(episode.expert, add_special_tokens=False)["input_ids"]) + 1
-    if length > config.max_new_tokens:
-        raise UserError(f"--max-new-tokens {config.max_new_tokens}: a demonstration has {length} with this tokenizer")
+    for turn in episode.demonstration():
+        for text in (turn.shown, turn.response):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if tokenizer.decode(ids).split() != text.split():
+                raise UserError(f"--model {config.model}: its tokenizer cannot encode the task {config.task} "
+                                f"(a text comes back as {tokenizer.decode(ids)[-60:]!r})")
+        if len(ids) >= config.max_new_tokens:
+            raise UserError(f"--max-new-tokens {config.max_new_tokens}: a demonstration has {len(ids) + 1} with this "
+                            "tokenizer")
+    if eyes:
+        # A response may not hold the token that a picture stands for: no picture would come with it.
+        token = model.config.image_token_id
+        model.get_output_embeddings().register_forward_hook(
+            lambda _, __, logits: logits.index_fill(-1, torch.tensor([token], device=logits.device), -1e9))
     return model.to(config.device).eval(), tokenizer
 
 
@@ -782,8 +919,8 @@ def parse_config(argv):
         else:
             group.add_argument(name, default=field.default, help=text, type=field.type,
                                choices=field.metadata["choices"])
-    if parser.parse_args(argv).smoke:
-        parser.set_defaults(**SMOKE)  # flags that are given still win
+    given = parser.parse_args(argv)
+    parser.set_defaults(**{**TASKS[given.task].defaults, **(SMOKE if given.smoke else {})})  # flags that are given still win
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -853,8 +990,8 @@ def main(argv=None):
         folder = Path(config.resume) if config.resume else run_folder(config)
         config = dataclasses.replace(config, device=resolve_device(config.device), out=str(folder))
         if config.eval_only:
-            model, tokenizer = load_policy(config)
-            task = TASKS[config.task]()
+            task = make_task(config)
+            model, tokenizer = load_policy(config, task)
             return print_table({config.model: [evaluate(model, tokenizer, task, split, config.eval_n,
                                                         config.max_new_tokens) for split in task.splits]})
         train(config, folder)

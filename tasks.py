@@ -88,7 +88,8 @@ class Episode:
         episode, shown, turns, done = copy.copy(self), self.prompt, [], False
         while not done:
             slip = episode.slips.get(episode.point) if episode.tries == 0 else None
-            image, response = episode.image, slip or episode.expert
+            image = episode.image if IMAGE in shown else None  # a retry does not show it again
+            response = slip or episode.expert
             turns.append(Turn(shown, image, response, slip is None))
             shown, _, done = episode.step(response)
         return turns

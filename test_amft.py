@@ -28,7 +28,9 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlavaConfig,
+                          LlavaForConditionalGeneration)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "base")]
@@ -68,7 +70,7 @@ def tiny(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("tiny")
     roughened(LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=128, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -111,7 +113,8 @@ def exact_utility(model, reward):
 
 
 def flat_grad(loss, model):
-    return parameters_to_vector(torch.autograd.grad(loss, list(model.parameters())))
+    grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+    return torch.cat([grad.reshape(-1) for grad in grads])
 
 
 def toy(steps_before):
@@ -249,14 +252,14 @@ def test_meta_gradient_is_unbiased_and_its_standard_error_covers():
 def test_published_settings_leave_mu_to_the_entropy_term(tokenizer):
     """Policy learning rate 1e-6, eta_mu 1e-4, a meta-gradient every 20 of 500 steps: mu moves by less than 1e-6."""
     config = amft.Config(controller="paper", eta_mu=1e-4, entropy=False, lr=1e-6, advantage="group", device="cpu")
-    model, _ = amft.load_policy(config)
     task, rng = tasks.GeneralPoints(), random.Random(SEED)
+    model, _ = amft.load_policy(config, task)
     theta = amft.flatten(model)
     state = amft.State(theta, amft.AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0), mu=0.5)
     config.prompts, config.samples, config.meta_prompts = 16, 8, 16
 
     def demos():
-        return amft.encode_demos(tokenizer, [task.sample("train", rng) for _ in range(16)], "cpu")
+        return amft.encode_demos(model, tokenizer, [task.sample("train", rng) for _ in range(16)])
     for _ in range(50):  # the published warm-up; on fresh moments a few entries with g(mu) near 0 make heavy tails
         theta, state.adam = amft.adamw_step(theta, amft.sft_gradient(model, demos(), config)[0], state.adam, lr=config.lr)
     for _ in range(3):
@@ -342,8 +345,8 @@ def test_evidence_does_not_depend_on_the_scale_of_the_meta_gradient_and_is_calib
 
 
 def random_batch(B=6, T=7):
-    lengths = torch.randint(1, T + 1, (B,))
-    mask = (torch.arange(T) < lengths.unsqueeze(1)).double()
+    mask = (torch.rand(B, T) < 0.6).double()  # holes: what the environment says between two responses
+    mask[:, 0] = 1.0
     return mask, [torch.randn(B, T, dtype=torch.float64) for _ in range(3)]
 
 
@@ -372,18 +375,20 @@ def test_losses_against_slow_loops():
 
 
 def test_gae_against_its_definition():
-    """A_t = sum_k (gamma lam)^k delta_{t+k}, summed directly; one batch row at a time, without padding."""
+    """A_t = sum_k (gamma lam)^k delta_{t+k} over the policy's own tokens, summed directly, one row at a time."""
     mask, (rewards, values, _) = random_batch()
     gamma, lam = 0.9, 0.8
     advantages, returns = amft.gae(rewards * mask, values * mask, mask, gamma, lam)
     for b in range(len(mask)):
-        n = int(mask[b].sum())
-        v = values[b, :n].tolist() + [0.0]
-        delta = [rewards[b, t].item() + gamma * v[t + 1] - v[t] for t in range(n)]
-        for t in range(mask.shape[1]):
-            expected = sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n))
+        own = [t for t in range(mask.shape[1]) if mask[b, t]]
+        v = [values[b, t].item() for t in own] + [0.0]
+        delta = [rewards[b, t].item() + gamma * v[i + 1] - v[i] for i, t in enumerate(own)]
+        for t in set(range(mask.shape[1])) - set(own):
+            assert advantages[b, t] == returns[b, t] == 0
+        for i, t in enumerate(own):
+            expected = sum((gamma * lam) ** (k - i) * delta[k] for k in range(i, len(own)))
             assert advantages[b, t].item() == pytest.approx(expected, abs=1e-12)
-            assert returns[b, t].item() == pytest.approx(expected + v[t] if t < n else 0.0, abs=1e-12)
+            assert returns[b, t].item() == pytest.approx(expected + v[i], abs=1e-12)
 
 
 def test_group_advantages_by_hand():
@@ -429,14 +434,14 @@ def test_sft_is_policy_gradient_with_the_implicit_reward():
 
 @pytest.fixture(scope="module")
 def base():
-    return amft.load_policy(amft.Config(device="cpu"))
+    return amft.load_policy(amft.Config(device="cpu"), tasks.GeneralPoints())
 
 
 def test_log_probabilities_do_not_depend_on_the_company(base, tokenizer):
     """Alone and unpadded, row by row and by a plain forward pass, against a left- and right-padded batch."""
     model, rng, task = base[0], random.Random(SEED), tasks.GeneralPoints()
     episodes = [task.sample(split, rng) for split in ("train", "heldout", "ood_rule", "ood_small")]
-    batch = amft.encode_demos(tokenizer, episodes, "cpu")
+    batch = amft.encode_demos(model, tokenizer, episodes)
     extra = amft.Batch(*(torch.cat([pad, x], 1) for pad, x in (  # two more columns of padding on the left
         (torch.zeros(4, 2, dtype=torch.long), batch.ids), (torch.zeros(4, 2, dtype=torch.long), batch.attention))),
         batch.mask)
@@ -463,8 +468,10 @@ def test_left_padding_keeps_absolute_positions():
 
 def test_rollout_samples_the_policy(base, tokenizer):
     model, rng, task = base[0], random.Random(SEED), tasks.GeneralPoints()
-    prompts = [task.sample("train", rng).prompt for _ in range(3)]
-    batch, texts, entropy, truncated = amft.rollout(model, tokenizer, prompts, 5, 40, temperature=1.0)
+    episodes = [task.sample("train", rng) for _ in range(3)]
+    prompts = [episode.prompt for episode in episodes]
+    rollouts = amft.rollout(model, tokenizer, episodes, 5, 40, temperature=1.0)
+    batch, entropy, texts = rollouts.batch, rollouts.entropy, [text for text, in rollouts.responses]
     assert len(batch) == len(texts) == 15 and batch.ids.shape[1] == batch.attention.shape[1]
     width, total, count = batch.mask.shape[1], 0.0, 0
     with torch.no_grad():
@@ -481,8 +488,8 @@ def test_rollout_samples_the_policy(base, tokenizer):
             total, count = total - (p * p.clamp(min=1e-30).log()).sum().item(), count + 1
     assert entropy == pytest.approx(total / count, rel=1e-3)
     # Greedy from one shared reading of the prompts equals an argmax loop without any cache.
-    greedy = amft.rollout(model, tokenizer, prompts, 1, 40, temperature=0)[1]
-    for prompt, text in zip(prompts, greedy):
+    greedy = amft.rollout(model, tokenizer, episodes, 1, 40, temperature=0).responses
+    for prompt, (text,) in zip(prompts, greedy):
         ids = tokenizer(prompt)["input_ids"]
         start = len(ids)
         while len(ids) < start + 40 and ids[-1] != tokenizer.eos_token_id:
@@ -494,14 +501,14 @@ def test_rollout_samples_the_policy(base, tokenizer):
 def test_sampling_frequencies_and_truncation(tiny, tokenizer):
     """First tokens of 4,000 samples against softmax(logits / temperature): top-k or top-p left on would show."""
     model = LlamaForCausalLM.from_pretrained(tiny).eval()
-    prompt = tasks.GeneralPoints().sample("train", random.Random(SEED)).prompt
-    batch, _, _, truncated = amft.rollout(model, tokenizer, [prompt], 4000, 1, temperature=0.7)
+    episode = tasks.GeneralPoints().sample("train", random.Random(SEED))
+    rollouts = amft.rollout(model, tokenizer, [episode], 4000, 1, temperature=0.7)
     with torch.no_grad():
-        p = (model(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1] / 0.7).softmax(-1).numpy()
-    counts = np.bincount(batch.ids[:, -1], minlength=len(p))
+        p = (model(torch.tensor([tokenizer(episode.prompt)["input_ids"]])).logits[0, -1] / 0.7).softmax(-1).numpy()
+    counts = np.bincount(rollouts.batch.ids[:, -1], minlength=len(p))
     assert (abs(counts - 4000 * p) < 5 * np.sqrt(4000 * p * (1 - p)) + 2).all()
     assert (p > 0).sum() == len(p) and (counts > 0).sum() > 55  # more than a top-50 would leave
-    assert truncated == pytest.approx(1 - counts[tokenizer.eos_token_id] / 4000)
+    assert rollouts.truncated == pytest.approx(1 - counts[tokenizer.eos_token_id] / 4000)
 
 
 def test_gradients_do_not_depend_on_micro_batches_and_silent_groups_add_nothing(base, tokenizer):
@@ -509,14 +516,14 @@ def test_gradients_do_not_depend_on_micro_batches_and_silent_groups_add_nothing(
     episodes = [task.sample("train", rng) for _ in range(6)]
     config = amft.Config(samples=4, advantage="group", device="cpu")
     rollouts = amft.explore(model, tokenizer, episodes, config)
-    rollouts.rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0], [0] * 4, [1, 1, 1, 0]])
+    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0], [0] * 4, [1, 1, 1, 0]])
+    rollouts.rewards = torch.cat([rewards.reshape(-1, 1), torch.zeros_like(rollouts.batch.mask[:, 1:])], 1)
     amft.add_advantages(model, None, rollouts, config)
     logps = amft.logps_of(model, rollouts.batch)  # every row, in one pass, by the textbook formula
-    advantages = (rollouts.rewards - rollouts.rewards.mean(1, keepdim=True)) / (
-        rollouts.rewards.std(1, keepdim=True, correction=0) + 1e-20)
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True, correction=0) + 1e-20)
     expected = flat_grad(-(advantages.reshape(-1, 1) * logps * rollouts.batch.mask).sum() / rollouts.batch.mask.sum(),
                          model)
-    demos = amft.encode_demos(tokenizer, episodes, "cpu")
+    demos = amft.encode_demos(model, tokenizer, episodes)
     reference = model(input_ids=torch.cat([demos.ids]), attention_mask=demos.attention).logits.log_softmax(-1)
     picked = reference[:, -demos.mask.shape[1] - 1:-1].gather(-1, demos.responses.unsqueeze(-1)).squeeze(-1)
     expected_sft = flat_grad(-(picked * demos.mask).sum() / demos.mask.sum(), model)
@@ -542,7 +549,7 @@ def test_mu_one_is_sft_mu_zero_is_rl_and_no_advantage_is_sft(tiny, tmp_path, mon
     """Through train(): with mu = 1 the RL gradient cannot matter, with mu = 0 the SFT gradient cannot, and a random
     policy that never solves a deal moves as mu L_SFT alone would."""
     # Rewards that this random policy does get, so that its RL gradient is not zero.
-    monkeypatch.setattr(tasks.Episode, "grade", lambda self, text: "correct" if len(text) % 2 else "no_answer")
+    monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: "correct" if len(text) % 2 else "no_answer")
     fixed = ["--no-meta", "--no-entropy", "--warmup", "0", "--steps", "2", "--advantage", "group"]
     plain = {mu: tiny_run(tiny, tmp_path / f"mu{mu}", *fixed, "--mu", str(mu)) for mu in (0, 1)}
     assert plain[0][-1]["kind"] == "final"
@@ -553,7 +560,7 @@ def test_mu_one_is_sft_mu_zero_is_rl_and_no_advantage_is_sft(tiny, tmp_path, mon
             tiny_run(tiny, tmp_path / f"noise{mu}", *fixed, "--mu", str(mu))
         assert torch.equal(final_policy(tmp_path / f"mu{mu}"), final_policy(tmp_path / f"noise{mu}"))
     assert not torch.equal(final_policy(tmp_path / "mu0"), final_policy(tmp_path / "mu1"))
-    monkeypatch.setattr(tasks.Episode, "grade", lambda self, text: "no_answer")
+    monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: "no_answer")
     tiny_run(tiny, tmp_path / "silent", *fixed, "--mu", "0.4")
     with monkeypatch.context() as patch:
         patch.setattr(amft, "rl_gradient", lambda model, phi, rollouts, config: (0.0 * amft.flatten(model), 0.0, 0.0))
@@ -640,7 +647,9 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tiny, tmp_path, capsys):
             (["--model", str(tmp_path / "empty")], "not a checkpoint"),
             (["--model", str(tmp_path / "corrupt")], "not a checkpoint"), (["--model", "no/such"], "not a checkpoint"),
             (["--model", str(foreign)], "tokenizer cannot encode"), (["--max-new-tokens", "9"], "--max-new-tokens 9"),
-            (["--device", "quantum"], "--device quantum"), (["--demos", "3"], "--demos 3"),
+            (["--device", "quantum"], "--device quantum"), (["--data", "x.jsonl"], "--data x.jsonl"),
+            (["--task", "math", "--data", str(tmp_path / "none.jsonl")], "cannot be read"),
+            (["--task", "gp-vl", "--model", str(tiny)], "not a vision-language checkpoint"), (["--turns", "-1"], "--turns -1"), (["--demos", "3"], "--demos 3"),
             (["--resume", str(tmp_path / "empty")], "no run there"), (["--plot", str(tmp_path)], "no run there"),
             (["--resume", str(tmp_path), "--lr", "1"], "--resume goes alone")):
         error = fails([*argv, "--out", str(tmp_path / "unused")] if "--out" not in argv and "--resume" not in argv
@@ -728,6 +737,10 @@ def answer(formula, **others):
     return json.dumps(dict(others, formula=formula))
 
 
+def grade(response, numbers, target=24):
+    return tasks.Deal(("A",) * 4, tasks.RULE_10, tuple(numbers), "", target).grade(response)
+
+
 def test_solver_and_grader_against_brute_force_on_every_multiset():
     solvable = 0
     for numbers in tasks.MULTISETS:
@@ -738,7 +751,7 @@ def test_solver_and_grader_against_brute_force_on_every_multiset():
         for formula in solutions:
             exact = eval(re.sub("([0-9]+)", r"Fraction(\1)", formula))
             assert exact == 24 and sorted(map(int, re.findall("[0-9]+", formula))) == list(numbers)
-            assert tasks.grade(answer(formula + "=24"), numbers) == "correct"
+            assert grade(answer(formula + "=24"), numbers) == "correct"
     assert len(tasks.MULTISETS) == 1820 and solvable == 1362
     assert sum(bool(tasks.solve(m)) for m in tasks.MULTISETS if max(m) <= 10) == 566
     assert "8/(3-8/3)" in tasks.solve((3, 3, 8, 8))  # floating point misses this one
@@ -757,7 +770,7 @@ def test_grader_on_every_bracketing():
                     right = eval(re.sub("([0-9]+)", r"Fraction(\1)", formula)) == 24
                 except ZeroDivisionError:
                     right = False
-                outcome = tasks.grade(answer(formula), numbers)
+                outcome = grade(answer(formula), numbers)
                 seen[outcome] += 1
                 assert outcome == ("correct" if right else "wrong_result"), formula
         assert bool(seen["correct"]) == bool(tasks.solve(numbers))
@@ -783,14 +796,14 @@ def test_grader_on_every_bracketing():
 ])
 def test_grader_on_hostile_text(response, outcome):
     start = time.perf_counter()
-    assert tasks.grade(response, (4, 3, 2, 1)) == outcome
+    assert grade(response, (4, 3, 2, 1)) == outcome
     assert time.perf_counter() - start < 0.05
 
 
 def test_digits_that_were_not_dealt_cannot_be_glued():
-    assert tasks.grade(answer("10+10+4*1"), (10, 10, 4, 1)) == "correct"
-    assert tasks.grade(answer("1 0+10+4*1"), (10, 10, 4, 1)) == "illegal_formula"
-    assert tasks.grade(answer("11+13+1-1"), (1, 1, 1, 1)) == "illegal_number"
+    assert grade(answer("10+10+4*1"), (10, 10, 4, 1)) == "correct"
+    assert grade(answer("1 0+10+4*1"), (10, 10, 4, 1)) == "illegal_formula"
+    assert grade(answer("11+13+1-1"), (1, 1, 1, 1)) == "illegal_number"
 
 
 def test_splits_are_disjoint_and_say_what_they_are():
@@ -823,9 +836,10 @@ def test_pretraining_never_makes_24_of_a_deal_kept_for_evaluation(tokenizer):
     evaluated = {tuple(sorted(task.sample(split, rng).numbers)) for split in task.splits if split != "id"
                  for _ in range(3000)}
     for _ in range(40_000):
-        prompt, response = make.example(rng)
+        deal = make.gp(rng)
+        prompt, response = deal.prompt, deal.expert
         numbers, target = json.loads(response)["number"], int(re.search(r"Make (\d+)\.\n$", prompt)[1])
-        assert tasks.grade(response, numbers, target) == "correct"
+        assert grade(response, numbers, target) == "correct"
         held[tuple(sorted(numbers)) in evaluated, target == 24] += 1
     assert held[True, True] == 0 and held[False, True] > 100 and held[True, False] > 1000
     text = prompt + response
@@ -833,13 +847,605 @@ def test_pretraining_never_makes_24_of_a_deal_kept_for_evaluation(tokenizer):
     assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
 
 
-def test_base_recipe_runs_and_makes_the_shipped_tokenizer(tmp_path, tokenizer, capsys):
+def test_base_recipes_run_and_make_the_shipped_tokenizer(tmp_path, tokenizer):
     make = importlib.import_module("make")
-    make.main(["--steps", "3", "--batch-size", "8", "--device", "cpu", "--out", str(tmp_path)])
-    model = LlamaForCausalLM.from_pretrained(tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
-    assert model.config.to_dict()["hidden_size"] == LlamaConfig.from_pretrained(HERE / "base").hidden_size
-    assert sum(f.stat().st_size for f in (HERE / "base").iterdir() if f.is_file()) < 10 * 2 ** 20
+    make.main(["--steps", "3", "--tokens", "1000", "--device", "cpu", "--out", str(tmp_path / "text")])
+    make.main(["--steps", "3", "--tokens", "1000", "--device", "cpu", "--out", str(tmp_path / "eyes"), "--pictures",
+               "--init", str(tmp_path / "text")])
+    for name, shipped in (("text", "base"), ("eyes", "base-vl")):
+        assert AutoTokenizer.from_pretrained(tmp_path / name).get_vocab() == tokenizer.get_vocab()
+        assert AutoTokenizer.from_pretrained(HERE / shipped).get_vocab() == tokenizer.get_vocab()
+        made, kept = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / name, HERE / shipped))
+        assert made == kept
+        assert sum(f.stat().st_size for f in (HERE / shipped).iterdir() if f.is_file()) < 10 * 2 ** 20
+
+
+# --- conversations ------------------------------------------------------------------------------------------------
+
+ALL_TASKS = list(tasks.TASKS)
+
+
+def shipped(name, **options):
+    task = tasks.TASKS[name](**options)
+    config = amft.Config(task=name, device="cpu", **{k: v for k, v in task.defaults.items() if k == "max_new_tokens"})
+    return task, *amft.load_policy(config, task), config
+
+
+def alone(model, batch, row):
+    """Log-probabilities of a row's own tokens, without padding, holes or company, by a plain forward pass."""
+    keep = batch.attention[row].bool()
+    ids = batch.ids[row][keep].unsqueeze(0)
+    own = torch.cat([torch.zeros(batch.ids.shape[1] - batch.mask.shape[1]), batch.mask[row]])[keep].bool()
+    with torch.no_grad():
+        extra = dict(pixel_values=batch.pixels[row]) if len(batch.pixels[row]) else {}
+        logps = model(input_ids=ids, **extra).logits[0].log_softmax(-1)
+    return logps[:-1].gather(-1, ids[0, 1:].unsqueeze(-1)).squeeze(-1)[own[1:]]
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_conversations_alone_and_in_company(name):
+    """What was sampled, and what is demonstrated: the same log-probabilities in a batch with holes as alone; and each
+    sampled token came from the distribution that training sees."""
+    task, model, tokenizer, config = shipped(name, turns=3 if name == "gp" else 0)
+    rng = random.Random(SEED)
+    episodes = [task.sample("train", rng) for _ in range(4)]
+    rollouts = amft.rollout(model, tokenizer, episodes, 3, config.max_new_tokens, 2.0)  # hot: failures, retries, cuts
+    if name in ("gp", "virl", "virl-vl"):
+        assert max(map(len, rollouts.responses)) > 1 and (rollouts.batch.attention[:, -rollouts.batch.mask.shape[1]:] == 0).any()
+    for batch in (rollouts.batch, amft.encode_demos(model, tokenizer, episodes)):
+        with torch.no_grad():
+            together = amft.logps_of(model, batch)
+        for row in range(len(batch)):
+            torch.testing.assert_close(together[row][batch.mask[row].bool()], alone(model, batch, row), rtol=1e-3, atol=2e-3)
+            for rows in (slice(row, row + 1), torch.tensor([row])):
+                part = batch[rows]
+                assert len(part) == 1 and torch.equal(part.pixels[0], batch.pixels[row])
+    # The text that was graded is the text in the batch, and the rewards stand on the last token of each response.
+    for row, (episode, texts) in enumerate(zip(rollouts.episodes, rollouts.responses)):
+        own = rollouts.batch.mask[row].bool()
+        spoken = tokenizer.decode(rollouts.batch.responses[row][own], skip_special_tokens=False).replace("<eos>", "")
+        assert spoken == "".join(texts) and len(texts) == len(episode.history)
+        paid = [task.episode.outcomes[outcome][0] for outcome in episode.history]
+        assert sum(paid) == pytest.approx(rollouts.graded[row].sum().item())
+        assert (rollouts.graded[row][~own] == 0).all() and len(own.nonzero()) > 0
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_rewards_and_gradients_of_whole_conversations(name):
+    """explore() pays once, at the end; and the RL gradient equals the textbook one over all turns."""
+    task, model, tokenizer, config = shipped(name, turns=2 if name == "gp" else 0)
+    config = amft.dataclasses.replace(config, samples=4, advantage="group")
+    rng = random.Random(SEED)
+    rollouts = amft.explore(model, tokenizer, [task.sample("train", rng) for _ in range(4)], config)
+    assert torch.equal(rollouts.rewards.sum(1), rollouts.success.reshape(-1))
+    assert rollouts.success.reshape(-1).tolist() == [float(e.success) for e in rollouts.episodes]
+    amft.add_advantages(model, None, rollouts, config)
+    rewards = rollouts.success
+    weights = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True, correction=0) + 1e-20)
+    logps = amft.logps_of(model, rollouts.batch)
+    loss = -(weights.reshape(-1, 1) * logps * rollouts.batch.mask).sum() / rollouts.batch.mask.sum()
+    expected = flat_grad(loss, model) if weights.any() else torch.zeros_like(amft.flatten(model))
+    config.micro_batch = 3
+    torch.testing.assert_close(amft.rl_gradient(model, None, rollouts, config)[0], expected, rtol=1e-3, atol=5e-6)
+
+
+def test_a_policy_cannot_say_a_picture():
+    task, model, tokenizer, config = shipped("gp-vl")
+    batch = amft.encode_demos(model, tokenizer, [task.sample("train", random.Random(SEED))])
+    with torch.no_grad():
+        logits = amft.outputs(model, batch)[0]
+    assert (logits[..., model.config.image_token_id] < -1e8).all()
+
+
+class Sums(tasks.Episode):
+    """A sixth task, as a student would add it: a + b, in three attempts."""
+    outcomes = {"correct": (1.0, ""), "wrong": (-1.0, "your formula is not a formula")}
+    attempts = 3
+
+    def __init__(self, a, b):
+        self.a, self.b = a, b
+
+    @property
+    def prompt(self):
+        return f"{self.a} + {self.b} = "
+
+    @property
+    def expert(self):
+        return str(self.a + self.b)
+
+    @property
+    def unit(self):
+        return self.a, self.b
+
+    def grade(self, response):
+        return "correct" if response == self.expert else "wrong"
+
+
+class Addition(tasks.Task):
+    episode = Sums
+    splits = {"val": "sums below 40", "heldout": "larger ones"}
+
+    def sample(self, split, rng):
+        return self.share_turns(Sums(*(rng.randint(*((20, 40) if split == "heldout" else (0, 19))) for _ in "ab")))
+
+
+def test_a_sixth_task_in_thirty_lines(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "sums", Addition)
+    rows = tiny_run(tiny, tmp_path / "sums", "--task", "sums", "--max-new-tokens", "5")
+    assert rows[-1]["kind"] == "final" and {row["split"] for row in rows if row["kind"] == "eval"} == {"val", "heldout"}
+    assert all(1 <= row["turns"] <= 3 for row in rows if row["kind"] == "step" and row["turns"])
+    assert [turn[2:] for turn in Sums(2, 3).demonstration()] == [("5", True)]
+
+
+@pytest.fixture(scope="module")
+def tiny_eyes(tmp_path_factory, tokenizer):
+    """A vision-language checkpoint small enough for end-to-end tests."""
+    torch.manual_seed(SEED)
+    make, folder = importlib.import_module("make"), tmp_path_factory.mktemp("eyes")
+    config = LlavaConfig.from_pretrained(HERE / "base-vl")
+    for part, sizes in ((config.text_config, dict(hidden_size=12, intermediate_size=16, num_hidden_layers=2,
+                                                  num_attention_heads=2, num_key_value_heads=2, head_dim=6)),
+                        (config.vision_config, dict(hidden_size=12, intermediate_size=16, num_attention_heads=2))):
+        for key, value in sizes.items():
+            setattr(part, key, value)
+    assert make.LlavaForConditionalGeneration is LlavaForConditionalGeneration
+    roughened(LlavaForConditionalGeneration(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_every_task_runs(name, tiny, tiny_eyes, tmp_path, capsys):
+    rows = tiny_run(tiny_eyes if name.endswith("-vl") else tiny, tmp_path / name, "--task", name, "--max-new-tokens",
+                    "90" if name == "math" else "40", "--prompts", "4", "--steps", "2", "--warmup", "1")
+    evals, kinds = [row for row in rows if row["kind"] == "eval"], Counter(row["kind"] for row in rows)
+    splits = set(tasks.TASKS[name].splits)
+    assert kinds == {"config": 1, "step": 3, "eval": 3 * len(splits), "final": 1} and "val" in splits
+    for row in evals:
+        assert ("step_accuracy" in row) == name.startswith("virl") and ("recognition" in row) == (name != "gp" and name != "math")
+        for measure in ("step_accuracy", "first_try", "recognition"):
+            if measure in row:
+                share, low, high = row[measure]
+                assert 0 <= low <= share <= high <= 1
+    assert ("accuracy of single responses" in capsys.readouterr().out) == name.startswith("virl")
+
+
+def test_meta_gradient_of_a_policy_with_eyes_against_finite_differences(tiny_eyes, tokenizer, monkeypatch):
+    """As on the toy world, but through a LLaVA: dU/dmu of the exact U over every response of one token, given pictures,
+    through torch's own clipping and AdamW. The library takes norms and softmax in float32; here they are float64."""
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: x.softmax(dim))
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: self.weight * x * (
+        x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
+    rng = random.Random(SEED)
+    config = amft.Config(task="gp-vl", model=tiny_eyes, device="cpu", max_new_tokens=60)
+    task = tasks.GeneralPointsPictures()
+    model, _ = amft.load_policy(config, task)
+    model = model.double()
+    deals = [task.sample("val", rng) for _ in range(3)]
+    prompts = [torch.tensor(amft.encode_shown(model, tokenizer, deal.prompt)) for deal in deals]
+    pixels = [amft.pixels_of([deal.image], "cpu").double() for deal in deals]
+    vocabulary = len(tokenizer)
+    generator = torch.Generator().manual_seed(SEED)
+    reward = (torch.rand(3, vocabulary, generator=generator) < 0.3).double()
+
+    def exact(model):  # log pi of every one-token response to every prompt, (3, V)
+        return torch.stack([model(input_ids=ids.unsqueeze(0), pixel_values=image).logits[0, -1].log_softmax(-1)
+                            for ids, image in zip(prompts, pixels)])
+
+    def utility(model):
+        return (exact(model).exp() * reward).sum() / 3
+    theta = amft.flatten(model)
+    state = amft.AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
+    for _ in range(5):
+        noise = torch.randn(len(theta), generator=generator, dtype=torch.float64)
+        theta, state = amft.adamw_step(theta, noise, state, lr=1e-3, max_norm=1e9)
+    vector_to_parameters(theta.clone(), model.parameters())
+    g_rl = -flat_grad((exact(model).exp() * (torch.rand(3, vocabulary, generator=generator) < 0.3)).sum(), model)
+    g_sft = -flat_grad(exact(model)[range(3), [5, 6, 7]].sum(), model)
+    how, mu, h = dict(lr=0.02, max_norm=0.5), 0.4, 1e-3
+
+    def after(mu):
+        with torch.no_grad():
+            return utility(torch_step(model, (1 - mu) * g_rl + mu * g_sft, state, **how)).item()
+    expected = (8 * (after(mu + h) - after(mu - h)) - (after(mu + 2 * h) - after(mu - 2 * h))) / (12 * h)
+    tangent = amft.step_sensitivity(theta, g_rl, g_sft, mu, state, **how)
+    stepped, _ = amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, **how)
+    vector_to_parameters(stepped.clone(), model.parameters())
+    actual = 0.0
+    for ids, image, r in zip(prompts, pixels, reward):
+        every = torch.cat([ids.expand(vocabulary, -1), torch.arange(vocabulary).unsqueeze(1)], 1)
+        words = [i for i in range(vocabulary) if i != model.config.image_token_id]  # that one has no probability
+        batch = amft.Batch(every[words], torch.ones_like(every[words]), torch.ones(len(words), 1), [image] * len(words))
+        dlogps = amft.logp_sensitivity(model, stepped, tangent, batch)
+        with torch.no_grad():
+            p = model(input_ids=ids.unsqueeze(0), pixel_values=image).logits[0, -1].softmax(-1)[words]
+        actual += (p * r[words] * dlogps).sum().item() / 3
+    assert abs(expected) > 1e-5 and actual == pytest.approx(expected, rel=1e-4)
+
+
+# --- every task: experts, chance, hostile text --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_every_demonstration_is_graded_correct(name):
+    """Thousands, on every split: the expert scores 100%, its slips do not, and what it learns is only what is right."""
+    for turns in (0, 3):
+        task, rng = tasks.TASKS[name](turns=turns), random.Random(SEED)
+        for split in ["train", *task.splits]:
+            for _ in range(200):
+                episode = task.sample(split, rng)
+                assert episode.attempts == (turns or type(episode).attempts)
+                replay, total = copy.copy(episode), 0.0
+                shown, done = replay.prompt, False
+                for turn in episode.demonstration():
+                    assert not done and turn.shown == shown
+                    assert (turn.image is None) == (tasks.IMAGE not in shown)
+                    seen = replay.recognised(turn.response)
+                    shown, reward, done = replay.step(turn.response)
+                    assert (replay.history[-1] == "correct") == turn.learn and seen is not False
+                    total += reward
+                assert done and replay.success and not episode.history  # playing a copy leaves the episode alone
+                assert total == sum(episode.outcomes[o][0] for o in replay.history)
+        if turns and name.startswith("gp"):  # demonstrations show what to do after a failure, too
+            kinds = Counter(len(task.sample("train", rng).demonstration()) for _ in range(300))
+            assert set(kinds) == {1, 2} and min(kinds.values()) > 60
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_wrong_responses_get_their_named_outcome_in_bounded_time(name):
+    task, rng = tasks.TASKS[name](), random.Random(SEED)
+    hostile = ["", "{}", "null", "[" * 100_000, "[" * 999, "9" * 999, '{"a":' * 300, "\x00\uffff", "\\boxed{" * 5000,
+               "{" * 10 ** 6, '{"action": "stop()", "action": "forward()"}', '{"action": ["stop()"]}',
+               '{"action": {}}', '{"formula": {}}', "\\boxed{" + "9" * 10 ** 6 + "}", "\\boxed{}", "\\boxed{1",
+               "\\boxed{1/0}", "\\boxed{9**9**9}", "\\boxed{" + "\\frac{" * 999]
+    for text in hostile:
+        episode = task.sample("train", rng)
+        start = time.perf_counter()
+        observation, reward, done = episode.step(text)
+        assert time.perf_counter() - start < 0.1
+        assert episode.history == ("no_answer",) and not episode.success and reward == episode.outcomes["no_answer"][0]
+        assert done == (episode.attempts == 1) and len(observation) < 200
+        episode.recognised(text)
+
+
+def test_feedback_says_what_was_wrong_and_not_how_near_it_was():
+    rng, said = random.Random(SEED), {}
+    task = tasks.GeneralPoints(turns=5)
+    for _ in range(3000):
+        deal = task.sample("train", rng)
+        (formula, _), _ = tasks.random_formula(rng.sample(deal.numbers, rng.choice((3, 4))), rng)
+        near = deal.formula[:rng.randrange(len(deal.formula) + 1)]  # beginnings of a solution
+        observation, _, done = deal.step(deal.respond(rng.choice((formula, near))))
+        said.setdefault(deal.history[0], set()).add(observation)
+        assert done == (deal.history[0] == "correct")
+    assert {"correct", "wrong_result", "illegal_number", "illegal_formula"} <= set(said)
+    assert all(len(texts) == 1 for texts in said.values())
+    deal.tries = deal.point = 0
+    assert [deal.step("x")[2] for _ in range(5)] == [False] * 4 + [True] and not deal.success
+
+
+def exact_chance(numbers, target=24):
+    """The share of random_formula over shuffled numbers that makes the target: every shuffle, cut and operator."""
+    def outcomes(part):
+        if len(part) == 1:
+            return {Fraction(part[0]): Fraction(1)}
+        total = Counter()
+        for cut in range(1, len(part)):
+            for (a, p), (b, q) in itertools.product(outcomes(part[:cut]).items(), outcomes(part[cut:]).items()):
+                for value in (None if a is None or b is None else x for x in (
+                        (a or 0) + (b or 0), (a or 0) - (b or 0), (a or 0) * (b or 0), (a or 0) / b if b else None)):
+                    total[value] += p * q / 4 / (len(part) - 1)
+        return total
+    return float(sum(outcomes(order).get(target, 0) for order in itertools.permutations(numbers))) / 24
+
+
+def test_a_random_agent_scores_what_chance_predicts():
+    rng, n = random.Random(SEED), 4000
+    deal = tasks.GeneralPoints().sample("heldout", rng)
+    chance = exact_chance(deal.numbers)
+    hits = sum(deal.grade(deal.respond(tasks.random_formula(rng.sample(deal.numbers, 4), rng)[0][0])) == "correct"
+               for _ in range(n))
+    assert abs(hits - n * chance) < 4.5 * math.sqrt(n * chance) + 1
+    for split, actions in (("id", 10), ("ood_rule", 6), ("ood_rule_hard", 6)):
+        task, right, said, passed, routes = tasks.VIRL(), 0, 0, 0, 600
+        for _ in range(routes):
+            route, done = task.sample(split, rng), False
+            assert len(set(route.actions)) == actions
+            while not done:
+                done = route.step(route.respond(rng.choice(route.actions)))[2]
+            right, said = right + route.history.count("correct"), said + len(route.history)
+            passed += route.point > 0
+        chance = 1 / actions  # of one response; of the first stop, in two attempts: 1 - (1 - chance)^2
+        assert abs(right / said - chance) < 4.5 * math.sqrt(chance * (1 - chance) / said)
+        stop = 1 - (1 - chance) ** 2
+        assert abs(passed / routes - stop) < 4.5 * math.sqrt(stop * (1 - stop) / routes)
+    problems = [tasks.Mathematics().sample("heldout", rng) for _ in range(n)]
+    chance = sum(Fraction(p.answer).denominator == 1 for p in problems) / 101  # answers lie in 0..100
+    hits = sum(p.grade(f"\\boxed{{{rng.randint(0, 100)}}}") == "correct" for p in problems)
+    assert abs(hits - chance) < 4.5 * math.sqrt(chance)
+
+
+# --- V-IRL --------------------------------------------------------------------------------------------------------
+
+
+def test_routes_are_walks_through_their_city():
+    """The instruction, read word by word and walked with angles in degrees, leads along streets to the landmark; what
+    it says of landmarks and turns is what stands there."""
+    rng, words = random.Random(SEED), {name: 45 * i for i, name in enumerate(tasks.HEADINGS)}
+    bearings = {"front": 0, "right front": 45, "right": 90, "right behind": 135, "behind": 180, "left behind": 225,
+                "left": 270, "left front": 315}
+    task, lengths = tasks.VIRL(), Counter()
+    for split in ["train", *task.splits]:
+        for _ in range(150):
+            route = task.sample(split, rng)
+            role = split if split in ("train", "val") else "train" if split == "id" else "heldout"
+            names = [n for n in tasks.NAMES if tasks.NAME_ROLES[n] == ("heldout" if role == "heldout" else "train")]
+            city = tasks.City(f"{role} {route.city}", names)
+            heading, legs = words[re.search("You face (\\w+)[.]", route.prompt)[1]], []
+            for i, line in enumerate(route.lines):
+                if i % 2 == 0:
+                    relative, absolute = re.fullmatch(
+                        "(?:First, turn|Turn)(?: ((?:slightly )?(?:left|right)))?(?: to face (\\w+))?[.]", line).groups()
+                    turn = (words[absolute] - heading) % 360
+                    if relative:
+                        expected = {45: "slightly right", 90: "right", 135: "right", 225: "left", 270: "left",
+                                    315: "slightly left"}
+                        assert relative == expected[turn]
+                    assert (relative is None) == (split == "ood_rule_hard") and turn not in (0, 180)
+                    heading = words[absolute]
+                else:
+                    end, place = re.fullmatch("Move forward until you reach (next intersection|destination)"
+                                              "(?: where (.*))?[.]", line).groups()
+                    assert (end == "destination") == (i == len(route.lines) - 1)
+                    legs.append((heading, place))
+            assert len(legs) in (2, 3) and place
+            # Some node of the city is the start of exactly this walk.
+            def leads(node, legs):
+                if not legs:
+                    return True
+                (heading, place), rest = legs[0], legs[1:]
+                step = round(math.sin(math.radians(heading))), round(math.cos(math.radians(heading)))
+                following = (node[0] + step[0], node[1] + step[1])
+                if following not in city.streets[node].values():
+                    return False
+                mark = city.landmarks.get(following)
+                if (mark is None) != (place is None):
+                    return False
+                if mark:
+                    name, bearing = re.fullmatch("(.*) is on your (.*)", place).groups()
+                    if name != mark[0] or (45 * mark[1] - heading - bearings[bearing]) % 360:
+                        return False
+                return leads(following, rest)
+            assert any(leads(node, legs) for node in city.streets)
+            actions = [stop.action for stop in route.stops]
+            lengths[len(actions)] += 1
+            assert actions[-1] == "stop()" and actions.count("stop()") == 1
+            turns = [action for action in actions if action.startswith("turn")]
+            assert len(turns) == len(legs) and all((a in words) == (not split.startswith("ood_rule"))
+                                                   for a in (re.fullmatch("turn_direction\\((.*)\\)", t)[1] for t in turns))
+            assert [stop.intersection for stop in route.stops if stop.action.startswith("turn")] == [False] + [True] * (
+                len(legs) - 1) and not any(s.intersection for s in route.stops if not s.action.startswith("turn"))
+    assert min(lengths) >= 3 and max(lengths) <= 10 and len(lengths) > 4
+
+
+def test_cities_and_names_of_new_splits_are_new():
+    task, rng, names, cities = tasks.VIRL(), random.Random(SEED), {}, {}
+    for split in ["train", *task.splits]:
+        routes = [task.sample(split, rng) for _ in range(300)]
+        text = " ".join(route.prompt for route in routes)
+        names[split] = {name for name in tasks.NAMES if name in text}
+        cities[split] = {route.prompt for route in routes}
+    assert names["id"] == names["train"] == names["val"] and len(names["train"]) == 40
+    for split in ("heldout", "ood_rule", "ood_rule_hard"):
+        assert not names[split] & names["train"] and len(names[split]) == 24
+    assert not cities["val"] & cities["train"] and len(cities["heldout"]) == 300
+    fingerprint = lambda city: tuple(sorted((n, tuple(w.items())) for n, w in city.streets.items()))  # noqa: E731
+    streets = {role: {fingerprint(tasks.City(f"{role} {i}", tasks.NAMES)) for i in range(tasks.CITIES)}
+               for role in ("train", "val", "heldout", "pretraining")}
+    for a, b in itertools.combinations(streets, 2):
+        assert not streets[a] & streets[b]
+
+
+def test_feedback_is_never_wrong_about_an_intersection():
+    rng, task, outcomes = random.Random(SEED), tasks.VIRL(), Counter()
+    for _ in range(400):
+        route, done = task.sample("train", rng), False
+        while not done:
+            stop = route.stops[route.point]
+            say = rng.choice((tasks.NOTHING, tasks.NOTHING + tasks.CROSSING, stop.seen))
+            action = stop.action if rng.random() < 0.7 else rng.choice((*route.actions, "fly()", "turn_direction(up)"))
+            observation, _, done = route.step(json.dumps({"current observation": say, "action": action}))
+            outcome, claims = route.history[-1], "intersection" in say
+            outcomes[outcome] += 1
+            assert (outcome == "correct") == (action == stop.action)
+            assert (outcome == "illegal_action") == (action in ("fly()", "turn_direction(up)"))
+            if "you are not at an intersection" in observation:
+                assert claims and not stop.intersection
+            elif "you are at an intersection" in observation:
+                assert stop.intersection and not claims
+            elif outcome == "wrong_action":
+                assert claims == stop.intersection
+    assert set(outcomes) == set(tasks.Route.outcomes) - {"no_answer"}
+
+
+# --- mathematics --------------------------------------------------------------------------------------------------
+
+
+def test_problems_by_reading_the_prompt():
+    """The answer, and every equation of the solution, worked out anew from the text of the prompt."""
+    task, rng = tasks.Mathematics(), random.Random(SEED)
+    for split in ["train", *task.splits]:
+        for _ in range(400):
+            problem = task.sample(split, rng)
+            rule = re.match("a (.) b means (.*?)[.] ", problem.prompt)
+            assert bool(rule) == (split == "ood_rule")
+            steps = re.findall(r"(\w+) = (\w+)(?: (.) (\w+))?[.]", problem.prompt[rule.end() if rule else 0:])
+            known = {}
+            for name, first, op, second in steps:
+                a = known[first] if first in known else Fraction(first)
+                if op:
+                    b = known[second] if second in known else Fraction(second)
+                    a = eval(rule[2], {}, dict(a=a, b=b)) if rule and op == rule[1] else {
+                        "+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}[op]
+                known[name] = a
+            assert len(steps) - 1 in ((4, 5) if split == "ood_length" else (2, 3))
+            asked = re.search(r"How many (\w+)\?", problem.prompt)[1]
+            assert Fraction(problem.answer) == known[asked] and asked == steps[-1][0]
+            for equation in re.findall(r"\w+ = (.*?)[.] ", problem.solution):
+                values = {eval(re.sub(r"(\d+)", r"Fraction(\1)", part)) for part in equation.split(" = ")
+                          if not set(part) & set(tasks.SYMBOLS)}
+                assert len(values) == 1, equation
+    used = {problem.prompt[:problem.prompt.index(". ")].replace(symbol, "@") for symbol in tasks.SYMBOLS
+            for problem in (task.sample("ood_rule", rng) for _ in range(100))
+            if problem.prompt[2] == symbol}
+    make, seen = importlib.import_module("make"), set()
+    for _ in range(4000):
+        problem = make.mathematics(rng)
+        assert tasks.role_of(problem.unit) == "train"
+        if problem.prompt.startswith("a "):
+            seen.add("a @" + problem.prompt[3:problem.prompt.index(". ")])
+    assert len(used) == len(tasks.OOD_MEANINGS) and len(seen) > 8 and not used & seen
+
+
+def test_problems_of_different_roles_differ():
+    task, rng, units = tasks.Mathematics(), random.Random(SEED), {}
+    for split in ["train", *task.splits]:
+        units[split] = {task.sample(split, rng).unit for _ in range(3000)}
+    assert units["train"] & units["id"]
+    for a, b in itertools.combinations(("train", "val", "heldout", "ood_length", "ood_rule"), 2):
+        assert not units[a] & units[b]
+    share = Counter(tasks.role_of(str(i)) for i in range(20_000))
+    assert share["train"] == pytest.approx(12_000, rel=0.03) and share["val"] == pytest.approx(4000, rel=0.06)
+
+
+@pytest.mark.parametrize("answer_, box, outcome", [
+    ("1/2", "1/2", "correct"), ("1/2", "0.5", "correct"), ("1/2", "\\frac{1}{2}", "correct"), ("1/2", "2/4", "correct"),
+    ("1/2", "\\dfrac{1}{2}", "correct"), ("1/2", " 1 / 2 ", "correct"), ("1/2", "$0.50$", "correct"),
+    ("1000", "1,000", "correct"), ("1,000", "1000.0", "correct"), ("-3", "-3", "correct"), ("-1/2", "-\\frac{1}{2}", "correct"),
+    ("7", "+7", "correct"), ("7", "007", "correct"), ("1/3", "0.333", "wrong_answer"), ("7", "8", "wrong_answer"),
+    ("1000", "1,00", "no_answer"), ("1000", "10,00", "no_answer"), ("7", "7 apples", "no_answer"), ("7", "x=7", "no_answer"),
+    ("7", "3+4", "no_answer"), ("7", "7e0", "no_answer"), ("7", "\u0667", "no_answer"), ("7", "--7", "no_answer"),
+    ("7", "\\frac{14}{2}x", "no_answer"), ("1/2", "1//2", "no_answer"), ("7", "7/0", "no_answer"), ("7", "\\frac{7}{0}", "no_answer"),
+    ("7", "7.", "no_answer"), ("7", "seven", "no_answer"), ("7", "", "no_answer"), ("1/2", "{1/2}", "no_answer"),
+    ("x+1", "x+1", "correct"), ("x+1", "1+x", "wrong_answer"),
+])
+def test_equal_numbers_in_different_forms(answer_, box, outcome):
+    problem = tasks.Problem("", "", answer_)
+    assert problem.grade(f"so \\boxed{{{box}}} it is") == outcome
+    assert problem.grade(f"\\boxed{{99}} no, \\boxed{{{box}}}") == outcome  # the last box counts
+    assert problem.grade(f"\\boxed{{{box}}} no, \\boxed{{99}}") == "wrong_answer"
+    assert problem.grade(f"\\boxed{{{box}") == problem.grade(box) == "no_answer"
+
+
+def test_a_readers_own_problems(tiny, tmp_path, capsys):
+    rng, file = random.Random(SEED), tmp_path / "own.jsonl"
+    problems = [tasks.chain(rng, 2) for _ in range(80)]
+    rows = [dict(prompt=p.prompt, solution=p.solution, answer=p.answer) for p in problems]
+    rows[0]["solution"] = rows[0]["solution"].split("Answer")[0]  # GSM8K has no box: one is added
+    file.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    task = tasks.Mathematics(data=str(file), heldout=0.25)
+    roles = {split: {task.sample(split, rng).prompt for _ in range(600)} for split in ["train", *task.splits]}
+    assert roles["train"] == roles["id"] and set.union(*roles.values()) == {row["prompt"] for row in rows}
+    for a, b in itertools.combinations(("train", "val", "heldout"), 2):
+        assert not roles[a] & roles[b]
+    assert 10 <= len(roles["heldout"]) <= 30 and 10 <= len(roles["val"]) <= 30
+    log = tiny_run(tiny, tmp_path / "run", "--task", "math", "--data", str(file), "--max-new-tokens", "60", "--steps", "2")
+    assert log[-1]["kind"] == "final" and {r["split"] for r in log if r["kind"] == "eval"} == {"val", "id", "heldout"}
+    good = json.dumps(rows[1])
+    for bad, says in (("{", "line 2: is not JSON"), ("[1]", 'line 2: "prompt" must'), ('{"prompt": "x"}', 'line 2: "solution" must'),
+                      (json.dumps(dict(rows[1], answer=7)), 'line 2: "answer" must'), ("[" * 10 ** 5, "line 2: is not JSON"),
+                      (json.dumps(dict(rows[1], answer="999")), 'line 2: the last box of "solution" is not "answer", 999')):
+        file.write_text(good + "\n" + bad + "\n")
+        error = fails(["--task", "math", "--data", str(file), "--model", tiny, "--out", str(tmp_path / "no")], capsys)
+        assert says in error and len(error.splitlines()) == 1
+    file.write_text(good + "\n")
+    assert "too few problems" in fails(["--task", "math", "--data", str(file), "--out", str(tmp_path / "no")], capsys)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def test_a_nearest_template_reader_recovers_every_card_in_black_and_red():
+    """Templates are whole cards in black; what is read is where a card is not white, whatever the ink."""
+    def corners(picture):
+        return [picture[top:top + 24, left:left + 24] for top in (0, 24) for left in (0, 24)]
+
+    def marks(card):
+        return (card.astype(int).sum(-1) < 600)[2:22, 4:20]
+    rank_of = {rank: marks(corners(tasks.draw_cards((rank,) * 4, "SSSS"))[0])[:12] for rank in tasks.RANKS}
+    pip_of = {suit: marks(corners(tasks.draw_cards(("A",) * 4, suit * 4))[0])[12:] for suit in "SCHD"}
+    rng, seen = random.Random(SEED), set()
+    for suits in ("SC", "HD", "SCHD"):
+        for _ in range(150):
+            ranks, chosen = tuple(rng.choices(tasks.RANKS, k=4)), "".join(rng.choices(suits, k=4))
+            picture = tasks.draw_cards(ranks, chosen)
+            assert picture.shape == (48, 48, 3) and picture.dtype == np.uint8
+            for rank, suit, card in zip(ranks, chosen, corners(picture)):
+                read = min(rank_of, key=lambda r: (marks(card)[:12] != rank_of[r]).sum())
+                pip = min(pip_of, key=lambda s: (marks(card)[12:] != pip_of[s]).sum())
+                ink = card[3:22, 5:20][marks(card)[1:, 1:][:19, :15]].mean(0)
+                assert (read, pip) == (rank, suit) and (ink[0] > 100) == (suit in "HD")
+                seen.add((rank, suit))
+    assert len(seen) == 52
+
+
+def test_a_nearest_sign_reader_recovers_every_landmark_in_every_look():
+    """Where the sign hangs gives the bearing, its pixels the name: read back from the picture alone."""
+    views = {0: (0, 0), 1: (0, 24), 2: (24, 0), 3: (24, 24)}  # front, right / behind, left: as the prompt says
+    assert "front and right above, behind and left below" in tasks.PictureRoute.layout
+    signs = tasks.signs()
+    for look, style in enumerate(tasks.LOOKS):
+        board, ink = np.array(style.sign, float), np.array(style.ink, float)
+
+        def likeness(patch, sign):
+            return abs(patch - np.where(sign[..., None], ink, board)).mean()
+        for i, name in enumerate(tasks.NAMES):
+            bearing = (i + look) % 8
+            picture = tasks.draw_views((name, bearing), look, "x").astype(float)
+            assert picture.shape == (48, 48, 3)
+            places = {}  # (view, offset) -> how well the best sign fits there
+            for view, (top, left) in views.items():
+                for offset in (-1, 0, 1):
+                    patch = picture[top + 5:top + 12, left + 8 + 7 * offset:left + 15 + 7 * offset]
+                    places[view, offset] = min((likeness(patch, sign), other) for other, sign in signs.items())
+            wanted = {(v, o) for v in range(4) for o in (-1, 0, 1) if (2 * v + o) % 8 == bearing}
+            ranked = sorted(places, key=lambda place: places[place][0])
+            assert set(ranked[:len(wanted)]) == wanted and all(places[place][1] == name for place in wanted)
+        empty = tasks.draw_views(None, look, "x")
+        assert not np.array_equal(empty, picture)
+
+
+def test_pictures_hold_what_the_text_does_not():
+    rng = random.Random(SEED)
+    deals, routes = tasks.GeneralPointsPictures(), tasks.VIRLPictures()
+    for split in ["train", *deals.splits]:
+        for _ in range(100):
+            deal = deals.sample(split, rng)
+            assert set(deal.suits) <= set("HD" if split == "ood_visual" else "SC")
+            assert f"Cards: {tasks.IMAGE}. J counts as" in deal.prompt and deal.image.shape == (48, 48, 3)
+            wrong = json.loads(deal.expert)
+            wrong["cards"] = wrong["cards"][:3] + ["A" if wrong["cards"][3] != "A" else "K"]
+            assert deal.grade(json.dumps(wrong)) == "wrong_cards" and not deal.recognised(json.dumps(wrong))
+    for split in ["train", *routes.splits]:
+        for _ in range(30):
+            route = routes.sample(split, rng)
+            assert (route.look > 0) == (split == "ood_visual")
+            instruction, first = route.prompt.split("\nO_1: ")
+            assert first == f"{tasks.IMAGE}You observe an image of 4 views\nA_1: "
+            for turn in route.demonstration()[1:]:
+                assert not any(name in turn.shown for name in tasks.NAMES) and tasks.NOTHING not in turn.shown
+    for role in ("train", "val", "heldout", "ood_visual"):
+        task = tasks.GeneralPointsPictures()
+        assert {tasks.ROLES[task.sample(role, rng).unit] for _ in range(50)} == {role.replace("ood_visual", "heldout")}
+
+
+def test_show_draws_what_the_policy_sees(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    for name in ("gp-vl", "virl-vl", "math"):
+        tasks.show(name)
+    assert (tmp_path / "gp-vl.png").stat().st_size > 10_000 < (tmp_path / "virl-vl.png").stat().st_size
+    assert "ood_visual" in capsys.readouterr().out and not (tmp_path / "math.png").exists()
 
 
 if __name__ == "__main__":
