@@ -624,7 +624,7 @@ class VIRL(Task):
         "ood_rule": "as heldout, but actions are relative (left, ...); training has absolute ones (north, ...)",
         "ood_rule_hard": "as ood_rule, and the instruction gives turns in the absolute frame only",
     }
-    defaults = dict(prompts=8, sft_batch=16, meta_prompts=8, demos=2000, eval_n=300)
+    defaults = dict(prompts=8, samples=4, sft_batch=16, meta_prompts=16, demos=2000, eval_n=300)
 
     def sample(self, split, rng):
         role = split if split in ("train", "val") else "train" if split == "id" else "heldout"
