@@ -2,6 +2,7 @@
 controller that learns mu from a meta-gradient of held-out reward, steadied by policy entropy.
 
     python amft.py --task gp                                   # Algorithm 1 on General Points, CPU or GPU, minutes
+    python amft.py --task virl                                 # or: math, gp-vl and virl-vl (in pictures)
     python amft.py --task gp --smoke                           # the same path in under a minute
     python amft.py --task gp --mu 0.3 --no-meta --no-entropy   # a fixed mixture; --mu 1 is SFT, --mu 0 is RL
     python amft.py --resume runs/gp                            # go on with a run that was cut off
@@ -11,7 +12,7 @@ controller that learns mu from a meta-gradient of held-out reward, steadied by p
 Read from top to bottom: policy, rewards and losses (Eqs. 1-3), the optimiser step and its derivative in mu, the
 meta-gradient (Eqs. 4-5), the controller (Eq. 6), evaluation, Algorithm 1. `train` ends the algorithm; the rest is the
 log, the saved state, checks of the input and the command line.
-Shapes: P prompts, G samples of each, B = P * G sequences, S tokens of prompt and response, T of the response,
+Shapes: P prompts, G samples of each, B = P * G conversations, S tokens of the whole, T of what follows the prompt,
 V vocabulary, N parameters. theta, gradients and moments are flat vectors (N,).
 
 Where this differs from the paper, and why, is in README.md; the lines concerned are marked "Differs".
@@ -39,6 +40,7 @@ import torch
 import transformers
 from torch.func import functional_call, jvp
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig,
                           LogitsProcessor)
@@ -69,7 +71,7 @@ class Config:
     seed: int = flag(0, "what", "seed of everything random; same seed, same CPU: the same log", 0)
     turns: int = flag(0, "what", "graded attempts at each answer or step; 0: the task's own (1, in virl 2)", 0, 20)
     data: str = flag("", "what", "math: your problems, a .jsonl file with prompt, solution and answer in each line")
-    data_heldout: float = flag(0.2, "what", "share of --data kept for the split heldout; as much again for val", 0.01, 0.45)
+    data_heldout: float = flag(0.2, "what", "share of --data for the split heldout; as much again for val", 0.01, 0.45)
     device: str = flag("auto", "what", "cpu, cuda, mps; auto takes the first of cuda, mps, cpu that is there")
     out: str = flag("", "what", "folder of the run (default: runs/TASK, numbered if taken)")
 
@@ -138,12 +140,13 @@ class Batch:
     of different length leave holes, which attention hides."""
     ids: torch.Tensor  # (B, S)
     attention: torch.Tensor  # (B, S), 1 on real tokens
-    mask: torch.Tensor  # (B, T), from the first response on: 1.0 on the policy's own tokens, EOS included; these carry loss
+    mask: torch.Tensor  # (B, T), from the first response on: 1.0 on the policy's own tokens with EOS, which carry loss
     pixels: list = ()  # of each row: its pictures in order, (n, 3, H, W) or (0,); () if no row has any
 
     def __getitem__(self, rows):
         chosen = torch.arange(len(self))[rows.cpu() if torch.is_tensor(rows) else rows].tolist()
-        return Batch(self.ids[rows], self.attention[rows], self.mask[rows], [self.pixels[i] for i in chosen if self.pixels])
+        pixels = [self.pixels[i] for i in chosen if self.pixels]
+        return Batch(self.ids[rows], self.attention[rows], self.mask[rows], pixels)
 
     def __len__(self):
         return len(self.ids)
@@ -157,25 +160,23 @@ class Batch:
 
 
 def encode_shown(model, tokenizer, text, first=True):
-    """Token ids of a prompt (first) or of an observation. A chat model gets its own template, a base model plain text."""
+    """Token ids of a prompt (first) or of an observation. A chat model gets its template, others plain text."""
     vision = getattr(model.config, "vision_config", None)
     text = text.replace(IMAGE, IMAGE * (vision.image_size // vision.patch_size) ** 2) if vision else text
     if tokenizer.chat_template:
-        before, mark = [] if first else [dict(role="user", content="-"), dict(role="assistant", content="<mark>")], "<mark>"
+        said = "<what the policy said>"
+        before = [] if first else [dict(role="user", content="-"), dict(role="assistant", content=said)]
         text = tokenizer.apply_chat_template(before + [dict(role="user", content=text)], tokenize=False,
                                              add_generation_prompt=True)
-        text = text.split(mark)[-1].removeprefix(tokenizer.eos_token)  # an observation follows the policy's own EOS
+        text = text.split(said)[-1].removeprefix(tokenizer.eos_token)  # an observation follows the policy's own EOS
     return tokenizer(text, add_special_tokens=first and not tokenizer.chat_template)["input_ids"]
 
 
-def pad(rows, tokenizer, device, left=False):
+def pad(rows, tokenizer, device, side="right"):
     """(ids, attention), each (B, width), of lists of token ids."""
-    width = max(map(len, rows))
-    fill = lambda row, value: [value] * (width - len(row)) if left else []  # noqa: E731
-    tail = lambda row, value: [] if left else [value] * (width - len(row))  # noqa: E731
-    return (torch.tensor([fill(r, tokenizer.pad_token_id) + r + tail(r, tokenizer.pad_token_id) for r in rows],
-                         dtype=torch.long, device=device),
-            torch.tensor([fill(r, 0) + [1] * len(r) + tail(r, 0) for r in rows], dtype=torch.long, device=device))
+    rows = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+    return (pad_sequence(rows, True, tokenizer.pad_token_id, side),
+            pad_sequence([torch.ones_like(row) for row in rows], True, 0, side))
 
 
 def pixels_of(images, device):
@@ -202,12 +203,11 @@ def encode_demos(model, tokenizer, episodes):
             said = tokenizer(turn.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
             rest, mask = rest + shown + said, mask + [0.0] * len(shown) + [float(turn.learn)] * len(said)
         rests.append(rest)
-        masks.append(mask)
+        masks.append(torch.tensor(mask, device=model.device))
         pixels.append(pixels_of([turn.image for turn in turns if turn.image is not None], model.device))
-    (ids, attention), (rest, rest_attention) = (pad(prompts, tokenizer, model.device, left=True),
-                                                pad(rests, tokenizer, model.device))
-    masks = torch.tensor([mask + [0.0] * (rest.shape[1] - len(mask)) for mask in masks], device=model.device)
-    return Batch(torch.cat([ids, rest], 1), torch.cat([attention, rest_attention], 1), masks, pixels)
+    ids, attention = (torch.cat(sides, 1) for sides in zip(pad(prompts, tokenizer, model.device, "left"),
+                                                           pad(rests, tokenizer, model.device)))
+    return Batch(ids, attention, pad_sequence(masks, True), pixels)
 
 
 def positions(attention):
@@ -280,12 +280,13 @@ class Rollouts:
 def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperature=1.0):
     """Let the policy hold G = `samples` conversations with each of P episodes; temperature 0 is greedy. -> Rollouts"""
     def read(cache=None):
-        """Prefill what is not in the cache but for the last token, which generate needs, to have logits to sample from."""
+        """Prefill what is not in the cache, but for the last token, from which generate goes on."""
         new = slice(cache.get_seq_length() if cache else 0, -1)
         return model(input_ids=ids[:, new], attention_mask=attention[:, :-1], position_ids=positions(attention)[:, new],
                      past_key_values=cache, use_cache=True, logits_to_keep=1, **extra_inputs(pictures)).past_key_values
 
-    ids, attention = pad([encode_shown(model, tokenizer, e.prompt) for e in episodes], tokenizer, model.device, left=True)
+    prompts = [encode_shown(model, tokenizer, episode.prompt) for episode in episodes]
+    ids, attention = pad(prompts, tokenizer, model.device, "left")
     pictures = [pixels_of([e.image] if IMAGE in e.prompt else [], model.device) for e in episodes]
     cache = read()  # each prompt once, not G times
     cache.batch_repeat_interleave(samples)
@@ -295,7 +296,7 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
     responses, seen = [[] for _ in played], [[] for _ in played]
     done = torch.zeros(len(played), dtype=torch.bool, device=model.device)
     graded = mask = torch.zeros(len(played), 0, device=model.device)
-    entropy, said, truncated, prompt_width = 0.0, 0, 0, ids.shape[1]
+    entropy, said, truncated = 0.0, 0, 0
     how = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
                            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
                            **dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {})
@@ -323,7 +324,7 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
         if done.all():
             break
         observed, real = pad([[] if over else encode_shown(model, tokenizer, text, first=False)
-                              for text, over in zip(shown, done.tolist())], tokenizer, model.device, left=True)
+                              for text, over in zip(shown, done.tolist())], tokenizer, model.device, "left")
         if ids.shape[1] + observed.shape[1] + max_new_tokens > longest:
             break  # out of room: what is not solved by now stays unsolved
         pictures = [pixels_of([e.image] if IMAGE in text and not over else [], model.device)
@@ -335,7 +336,6 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
 
     pixels = [torch.cat([p for p in row if len(p)]) if any(map(len, row)) else row[0] for row in pixels]
     success = torch.tensor([float(e.success) for e in played], device=model.device).view(-1, samples)
-    assert mask.shape[1] == ids.shape[1] - prompt_width
     return Rollouts(played, Batch(ids, attention, mask, pixels), responses, seen, graded, success,
                     entropy / mask.sum().item(), truncated / said)
 
@@ -369,11 +369,12 @@ def group_advantages(rewards):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (Schulman et al. 2016) over the policy's tokens of each conversation.
 
-    rewards, values, mask (B, T) -> (advantages, returns), each (B, T), 0 off the mask. What the environment says between
-    two responses is stepped over, so that advantages cross turns. The value after the last token is 0: a conversation
-    is an episode, also when it was cut off.
+    rewards, values, mask (B, T) -> (advantages, returns), each (B, T), 0 off the mask. What the environment says is
+    stepped over, so that advantages cross turns. The value after the last token is 0: a conversation is an episode,
+    also when it was cut off.
     """
-    advantages, running, next_value = torch.zeros_like(values), torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    advantages, nothing = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    running = next_value = nothing
     for t in reversed(range(values.shape[1])):
         own = mask[:, t] > 0
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -541,7 +542,8 @@ def chunks(chosen, size):
 
 def gradient(model, loss):
     """(N,); zero for what the loss does not use, as the last layers of a vision tower."""
-    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)])
+    grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+    return torch.cat([grad.reshape(-1) for grad in grads])
 
 
 def sft_gradient(model, batch, config):
@@ -852,7 +854,7 @@ def git_commit():
 def make_task(config):
     options = dict(turns=config.turns)
     if config.data and config.task != "math":
-        raise UserError(f"--data {config.data}: the task {config.task} makes its own problems; --task math takes a file")
+        raise UserError(f"--data {config.data}: task {config.task} makes its own problems; --task math takes a file")
     if config.data:
         options.update(data=config.data, heldout=config.data_heldout)
     try:
@@ -873,8 +875,8 @@ def load_policy(config, task):
         model = kind.from_pretrained(source, attn_implementation="eager", dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own error
-        raise UserError(f"--model {config.model}: not a {'vision-language ' * eyes}checkpoint that transformers can load "
-                        f"({(str(error).splitlines() or [type(error).__name__])[0][:100]})")
+        raise UserError(f"--model {config.model}: not a {'vision-language ' * eyes}checkpoint that transformers can "
+                        f"load ({(str(error).splitlines() or [type(error).__name__])[0][:100]})")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for turn in episode.demonstration():
         for text in (turn.shown, turn.response):
@@ -920,7 +922,8 @@ def parse_config(argv):
             group.add_argument(name, default=field.default, help=text, type=field.type,
                                choices=field.metadata["choices"])
     given = parser.parse_args(argv)
-    parser.set_defaults(**{**TASKS[given.task].defaults, **(SMOKE if given.smoke else {})})  # flags that are given still win
+    # Flags that are given still win.
+    parser.set_defaults(**{**TASKS[given.task].defaults, **(SMOKE if given.smoke else {})})
     return Config(**vars(parser.parse_args(argv)))
 
 

@@ -33,7 +33,7 @@ FEEDBACK = "\nYou failed this trial because {}."
 
 
 class Turn(NamedTuple):
-    """One exchange of a demonstration: what the policy is shown, and the response that it should learn, or only read."""
+    """One exchange of a demonstration: what the policy is shown, and the response that it learns, or only reads."""
     shown: str
     image: np.ndarray | None
     response: str
@@ -370,7 +370,7 @@ class PictureDeal(Deal):
 
     def recognised(self, response):
         cards = (fields_of(response) or {}).get("cards")
-        return isinstance(cards, list) and all(isinstance(c, str) for c in cards) and sorted(cards) == sorted(self.ranks)
+        return isinstance(cards, list) and sorted(map(str, cards)) == sorted(self.ranks)
 
     def grade(self, response):
         outcome = super().grade(response)
@@ -422,11 +422,12 @@ class GeneralPointsPictures(GeneralPoints):
 
 
 def random_formula(numbers, rng):
-    """((text, precedence), value) of a random formula that uses each number once, in order; value None if undefined."""
+    """((text, precedence), value) of a random formula that uses each number once, in order; no value if undefined."""
     if len(numbers) == 1:
         return (str(numbers[0]), ATOM), Fraction(numbers[0])
     cut = rng.randrange(1, len(numbers))
-    (left, a), (right, b), op = random_formula(numbers[:cut], rng), random_formula(numbers[cut:], rng), rng.choice("+-*/")
+    (left, a), (right, b) = random_formula(numbers[:cut], rng), random_formula(numbers[cut:], rng)
+    op = rng.choice("+-*/")
     value = None if a is None or b is None or (op == "/" and b == 0) else apply(op, a, b)
     return join(left, op, right), value
 
@@ -465,7 +466,7 @@ class City:
 
 
 class Stop(NamedTuple):
-    """A point of the route: what is seen there, the line of the instruction that applies, the action that it asks for."""
+    """A point of the route: what is seen there, the line of the instruction that applies, the action it asks for."""
     landmark: tuple | None  # (name, bearing 0..7)
     intersection: bool
     line: int
@@ -689,7 +690,8 @@ class Problem(Episode):
         value, right = number(box or ""), number(self.answer)
         if box is None or (right is not None and value is None):
             return "no_answer"
-        return "correct" if (value == right if right is not None else box.split() == self.answer.split()) else "wrong_answer"
+        equal = value == right if right is not None else box.split() == self.answer.split()
+        return "correct" if equal else "wrong_answer"
 
 
 def last_box(text):
@@ -770,7 +772,7 @@ class Mathematics(Task):
     defaults = dict(max_new_tokens=90, prompts=16, sft_batch=32, meta_prompts=16)
 
     def __init__(self, turns=0, data="", heldout=0.2):
-        """data: a .jsonl file of the reader's own problems; heldout: the share of them kept for each of val and heldout."""
+        """data: a .jsonl file of the reader's own problems; heldout: the share of it for each of val and heldout."""
         super().__init__(turns)
         self.problems = {}
         if data:
@@ -780,7 +782,8 @@ class Mathematics(Task):
             missing = {"train", "val", "heldout"} - set(self.problems)
             if missing:
                 raise ValueError(f"{data}: too few problems: none fell to {', '.join(sorted(missing))}")
-            self.splits = {"val": "of the file", "id": "of the file, trained on", "heldout": "of the file, never trained on"}
+            self.splits = {"val": "of the file, the controller's utility", "id": "of the file, trained on",
+                           "heldout": "of the file, never trained on"}
 
     def sample(self, split, rng):
         role = {"id": "train", "ood_length": "heldout", "ood_rule": "heldout"}.get(split, split)
@@ -826,8 +829,8 @@ def read_problems(path):
 
 SIDE, CELL = 48, 24  # of a picture, of a card's or a view's place in it: two rows of two
 # A 3 x 5 glyph is five octal digits, its rows from the top.
-GLYPHS = {"A": "25755", "1": "26227", "2": "71747", "3": "71317", "4": "55711", "5": "74717", "6": "74757", "7": "71122",
-          "8": "75757", "9": "75717", "0": "75557", "J": "11152", "Q": "75571", "K": "55655"}
+GLYPHS = {"A": "25755", "1": "26227", "2": "71747", "3": "71317", "4": "55711", "5": "74717", "6": "74757",
+          "7": "71122", "8": "75757", "9": "75717", "0": "75557", "J": "11152", "Q": "75571", "K": "55655"}
 PIPS = {"S": "00100 01110 11111 11111 00100", "C": "01110 01110 11111 10101 00100",
         "H": "01010 11111 11111 01110 00100", "D": "00100 01110 11111 01110 00100"}
 INK = {"S": (25, 25, 25), "C": (25, 25, 25), "H": (205, 30, 45), "D": (205, 30, 45)}
@@ -945,5 +948,5 @@ def show(name):
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--show", choices=TASKS, default="gp", help="the task to print, and to draw if it has pictures")
+    arguments.add_argument("--show", choices=TASKS, default="gp", help="the task to print, and to draw")
     show(arguments.parse_args().show)

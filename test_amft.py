@@ -911,6 +911,41 @@ def test_conversations_alone_and_in_company(name):
 
 
 @pytest.mark.parametrize("name", ALL_TASKS)
+def test_every_token_is_sampled_from_the_policy_that_is_trained(name, monkeypatch):
+    """The entropy that sampling saw, with its cache and its holes, is the entropy of training's logits, turn by turn."""
+    task, model, tokenizer, config = shipped(name, turns=2 if name == "gp" else 0)
+    rng, columns = random.Random(SEED), []
+    true = amft.Watcher.__call__
+
+    def watch(self, ids, logits):
+        columns.append(torch.where(self.done, torch.nan, -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)))
+        return true(self, ids, logits)
+    monkeypatch.setattr(amft.Watcher, "__call__", watch)
+    rollouts = amft.rollout(model, tokenizer, [task.sample("train", rng) for _ in range(4)], 2, config.max_new_tokens, 1.5)
+    with torch.no_grad():
+        logp = amft.outputs(model, rollouts.batch)[0].log_softmax(-1)
+    trained = -(logp.exp() * logp).sum(-1)
+    seen = iter(columns)
+    spoken = [t for t in range(trained.shape[1]) if rollouts.batch.mask[:, t].any()]
+    assert len(spoken) <= len(columns)
+    for t in spoken:
+        own = rollouts.batch.mask[:, t].bool()
+        column = next(c for c in seen if (~c[own].isnan()).all())
+        torch.testing.assert_close(column[own], trained[own, t], rtol=1e-3, atol=3e-3)
+
+
+def test_demonstrations_teach_what_is_right_and_show_what_went_wrong(base, tokenizer):
+    task, rng, model = tasks.GeneralPoints(turns=2), random.Random(SEED), base[0]
+    deal = next(d for d in (task.sample("train", rng) for _ in range(100)) if d.slips)
+    batch = amft.encode_demos(model, tokenizer, [deal])
+    taught = tokenizer.decode(batch.responses[0][batch.mask[0].bool()])
+    everything = tokenizer.decode(batch.ids[0])
+    assert taught == deal.expert + "<eos>"
+    assert everything == deal.prompt + deal.slips[0] + "<eos>" + tasks.FEEDBACK.format(
+        deal.outcomes["wrong_result"][1]) + "\n" + deal.expert + "<eos>"
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
 def test_rewards_and_gradients_of_whole_conversations(name):
     """explore() pays once, at the end; and the RL gradient equals the textbook one over all turns."""
     task, model, tokenizer, config = shipped(name, turns=2 if name == "gp" else 0)

@@ -21,7 +21,7 @@ from torch.nn.utils import vector_to_parameters
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
-from tasks import GeneralPoints, grade  # noqa: E402
+from tasks import RULE_10, Deal, GeneralPoints  # noqa: E402
 
 
 class Ours:
@@ -29,8 +29,8 @@ class Ours:
 
     def __init__(self, episodes, **settings):
         self.config = amft.Config(device="cpu", lr=0.0, **settings)
-        self.model, self.tokenizer = amft.load_policy(self.config)
         self.task, self.rng, self.episodes = GeneralPoints(), random.Random(0), episodes
+        self.model, self.tokenizer = amft.load_policy(self.config, self.task)
         theta = amft.flatten(self.model)
         self.state = amft.State(theta, amft.AdamState(torch.zeros_like(theta), torch.ones_like(theta), 1), mu=0.5)
         gae = self.config.advantage == "gae"
@@ -42,7 +42,7 @@ class Ours:
 
     def rl_gradient(self):
         rollouts = amft.explore(self.model, self.tokenizer, self.draw(), self.config)
-        self.rewards.append(rollouts.rewards.mean().item())
+        self.rewards.append(rollouts.success.mean().item())
         amft.add_advantages(self.model, self.phi, rollouts, self.config)
         return amft.rl_gradient(self.model, self.phi, rollouts, self.config)[0]
 
@@ -55,7 +55,7 @@ class Ours:
 
     def mixed_step(self):
         """A fixed-mu step: what train() does in a step without a controller."""
-        demos = amft.encode_demos(self.tokenizer, self.rng.sample(self.episodes, self.config.sft_batch), "cpu")
+        demos = amft.encode_demos(self.model, self.tokenizer, self.rng.sample(self.episodes, self.config.sft_batch))
         self.g_sft, self.g_rl = amft.sft_gradient(self.model, demos, self.config)[0], self.rl_gradient()
         with torch.no_grad():
             amft.logps_of(self.model, demos, theta=self.state.theta)  # the logged implicit reward's reference
@@ -89,12 +89,13 @@ def against_trl(ours, steps):
             our_seconds.append(timed(ours.rl_step))
 
     def reward(prompts, completions, numbers, **kwargs):
-        values = [float(grade(text, tuple(n)) == "correct") for text, n in zip(completions, numbers)]
+        deals = [Deal(ranks=(), stated=RULE_10, numbers=tuple(n), formula="") for n in numbers]
+        values = [float(deal.grade(text) == "correct") for deal, text in zip(deals, completions)]
         trl_rewards.append(statistics.mean(values))
         return values
 
     trl_seconds, our_seconds, trl_rewards = [], [], []
-    model, tokenizer = amft.load_policy(ours.config)
+    model, tokenizer = amft.load_policy(ours.config, ours.task)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder, use_cpu=True, bf16=False, learning_rate=0.0, max_steps=steps, beta=0.0, temperature=1.0,
