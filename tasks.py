@@ -96,7 +96,7 @@ class Episode:
 
 
 class Task:
-    """Draws episodes. `sample` must depend on nothing but its arguments."""
+    """Draws episodes. A subclass gives `draw`, which must depend on nothing but its arguments, and `splits`."""
     episode = Episode  # the class, whose `outcomes` are what a log counts
     splits = {}  # evaluation split -> what it asks. Must have "val", the controller's own; "train" is not listed.
     defaults = {}  # flags of amft.py that this task sets differently
@@ -105,13 +105,13 @@ class Task:
         """turns: graded attempts at each point, 0 for the task's own number."""
         self.turns = turns
 
-    def sample(self, split, rng):
+    def draw(self, split, rng):
         """One Episode of a split or of "train", drawn with a random.Random."""
         raise NotImplementedError
 
-    def share_turns(self, episode):
-        if self.turns:
-            episode.attempts = self.turns
+    def sample(self, split, rng):
+        episode = self.draw(split, rng)
+        episode.attempts = self.turns or episode.attempts
         return episode
 
 
@@ -388,7 +388,7 @@ class GeneralPoints(Task):
         "fake": "states 11, 12, 13, graded by rule 10",
     }
 
-    def sample(self, split, rng):
+    def draw(self, split, rng):
         """Ranks i.i.d. uniform over 13, kept if the split's role holds them and they can be solved."""
         chosen = SPLITS[split]
         stated = rng.choice(chosen.rules)
@@ -399,8 +399,8 @@ class GeneralPoints(Task):
                 continue
             if ROLES[tuple(sorted(numbers))] == chosen.role and solve(tuple(sorted(numbers))):
                 break
-        deal = self.share_turns(self.deal(chosen, rng, ranks=ranks, stated=stated, numbers=numbers,
-                                          formula=rng.choice(solve(tuple(sorted(numbers))))))
+        deal = self.deal(chosen, rng, ranks=ranks, stated=stated, numbers=numbers,
+                         formula=rng.choice(solve(tuple(sorted(numbers)))))
         if self.turns > 1 and rng.random() < 0.5:  # so that demonstrations show what to do after a failure, too
             (wrong, _), value = random_formula(rng.sample(numbers, 4), rng)
             if value != deal.target:
@@ -627,14 +627,14 @@ class VIRL(Task):
     }
     defaults = dict(prompts=8, samples=4, sft_batch=16, meta_prompts=16, demos=2000, eval_n=300)
 
-    def sample(self, split, rng):
+    def draw(self, split, rng):
         role = split if split in ("train", "val") else "train" if split == "id" else "heldout"
         names = [name for name in NAMES if NAME_ROLES[name] == ("heldout" if role == "heldout" else "train")]
         number = rng.randrange(CITIES)
         ood = split in ("ood_rule", "ood_rule_hard")
         parts = route_parts(City(f"{role} {number}", names), rng, rng.choice((2, 3)),
                             "relative" if ood else "absolute", "absolute" if split == "ood_rule_hard" else "both")
-        return self.share_turns(self.route(split, rng, city=number, **parts))
+        return self.route(split, rng, city=number, **parts)
 
     def route(self, split, rng, **parts):
         return self.episode(**parts)
@@ -785,16 +785,16 @@ class Mathematics(Task):
             self.splits = {"val": "of the file, the controller's utility", "id": "of the file, trained on",
                            "heldout": "of the file, never trained on"}
 
-    def sample(self, split, rng):
+    def draw(self, split, rng):
         role = {"id": "train", "ood_length": "heldout", "ood_rule": "heldout"}.get(split, split)
         if self.problems:
-            return self.share_turns(replace(rng.choice(self.problems[role])))
+            return replace(rng.choice(self.problems[role]))
         while True:
             steps = rng.choice((4, 5)) if split == "ood_length" else rng.choice((2, 3))
             rule = (rng.choice(OOD_MEANINGS), rng.choice(SYMBOLS)) if split == "ood_rule" else ()
             problem = chain(rng, steps, *rule)
             if role_of(problem.unit) == role:
-                return self.share_turns(problem)
+                return problem
 
 
 def read_problems(path):
@@ -830,7 +830,7 @@ def read_problems(path):
 SIDE, CELL = 48, 24  # of a picture, of a card's or a view's place in it: two rows of two
 # A 3 x 5 glyph is five octal digits, its rows from the top.
 GLYPHS = {"A": "25755", "1": "26227", "2": "71747", "3": "71317", "4": "55711", "5": "74717", "6": "74757",
-          "7": "71122", "8": "75757", "9": "75717", "0": "75557", "J": "11152", "Q": "75571", "K": "55655"}
+          "7": "71122", "8": "75757", "9": "75717", "0": "75557", "J": "11152", "Q": "25573", "K": "55655"}
 PIPS = {"S": "00100 01110 11111 11111 00100", "C": "01110 01110 11111 10101 00100",
         "H": "01010 11111 11111 01110 00100", "D": "00100 01110 11111 01110 00100"}
 INK = {"S": (25, 25, 25), "C": (25, 25, 25), "H": (205, 30, 45), "D": (205, 30, 45)}
