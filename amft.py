@@ -323,7 +323,8 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
         ids, attention = out, torch.cat([attention, now.long()], 1)
         if done.all():
             break
-        observed, real = pad([[] if over else encode_shown(model, tokenizer, text, first=False)
+        # A conversation that is over is shown one EOS: nothing reads it, and generate would warn of padding at the end.
+        observed, real = pad([[tokenizer.eos_token_id] if over else encode_shown(model, tokenizer, text, first=False)
                               for text, over in zip(shown, done.tolist())], tokenizer, model.device, "left")
         if ids.shape[1] + observed.shape[1] + max_new_tokens > longest:
             break  # out of room: what is not solved by now stays unsolved

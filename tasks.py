@@ -591,8 +591,12 @@ def walk(city, rng, legs):
             return start, path
 
 
-def route_parts(city, rng, legs, frame="absolute", told="both"):
-    """The fields of a Route through the city. told: which frame the instruction's turns are given in, or both."""
+def route_parts(city, rng, legs, frame="absolute", told="both", glimpses=0.0):
+    """The fields of a Route through the city. told: which frame the instruction's turns are given in, or both.
+
+    glimpses: how often a point along a street shows the landmark of its end, from afar and so on another side than
+    the instruction says; who stops at the name alone stops too early.
+    """
     start, path = walk(city, rng, legs)
     met = {city.landmarks[node][0] for _, node in path if node in city.landmarks}
     lines, stops, heading, seen, crossing = [], [], start, None, False
@@ -610,6 +614,8 @@ def route_parts(city, rng, legs, frame="absolute", told="both"):
         for _ in range(rng.randrange(3)):  # points along the street
             passed = rng.choice(city.names)
             passed = None if passed in met or rng.random() < 0.6 else (passed, rng.choice((1, 2, 6, 7)))
+            if name and rng.random() < glimpses:
+                passed = name, rng.choice([bearing for bearing in (0, 1, 2, 6, 7) if bearing != seen[1]])
             stops.append(Stop(passed, False, len(lines), FORWARD))
         crossing = not last
     stops.append(Stop(seen, False, len(lines), HALT))
@@ -633,7 +639,8 @@ class VIRL(Task):
         number = rng.randrange(CITIES)
         ood = split in ("ood_rule", "ood_rule_hard")
         parts = route_parts(City(f"{role} {number}", names), rng, rng.choice((2, 3)),
-                            "relative" if ood else "absolute", "absolute" if split == "ood_rule_hard" else "both")
+                            "relative" if ood else "absolute", "absolute" if split == "ood_rule_hard" else "both",
+                            glimpses=0.9)
         return self.route(split, rng, city=number, **parts)
 
     def route(self, split, rng, **parts):
@@ -763,13 +770,13 @@ def chain(rng, steps, meaning=None, symbol=None):
 class Mathematics(Task):
     episode = Problem
     splits = {
-        "val": "2 or 3 steps, other problems; the controller's utility",
-        "id": "2 or 3 steps, from the training problems",
-        "heldout": "2 or 3 steps, problems never trained on",
-        "ood_length": "4 or 5 steps",
+        "val": "3 or 4 steps, other problems; the controller's utility",
+        "id": "3 or 4 steps, from the training problems",
+        "heldout": "3 or 4 steps, problems never trained on",
+        "ood_length": "5 steps",
         "ood_rule": "an operator that the prompt explains; training has none",
     }
-    defaults = dict(max_new_tokens=90, prompts=16, sft_batch=32, meta_prompts=16)
+    defaults = dict(max_new_tokens=100, prompts=16, sft_batch=32, meta_prompts=16)
 
     def __init__(self, turns=0, data="", heldout=0.2):
         """data: a .jsonl file of the reader's own problems; heldout: the share of it for each of val and heldout."""
@@ -790,7 +797,7 @@ class Mathematics(Task):
         if self.problems:
             return replace(rng.choice(self.problems[role]))
         while True:
-            steps = rng.choice((4, 5)) if split == "ood_length" else rng.choice((2, 3))
+            steps = 5 if split == "ood_length" else rng.choice((3, 4))
             rule = (rng.choice(OOD_MEANINGS), rng.choice(SYMBOLS)) if split == "ood_rule" else ()
             problem = chain(rng, steps, *rule)
             if role_of(problem.unit) == role:
