@@ -95,6 +95,9 @@ class Episode:
         return turns
 
 
+SHORT = dict(steps=40, prompts=8, meta_prompts=8, eval_n=300)  # for tasks whose conversations are long
+
+
 class Task:
     """Draws episodes. A subclass gives `draw`, which must depend on nothing but its arguments, and `splits`."""
     episode = Episode  # the class, whose `outcomes` are what a log counts
@@ -415,7 +418,7 @@ class GeneralPointsPictures(GeneralPoints):
     episode = PictureDeal
     splits = {**{name: text for name, text in GeneralPoints.splits.items() if name != "fake"},
               "ood_visual": "as heldout, but with red suits; training has black ones"}
-    defaults = dict(prompts=16)
+    defaults = SHORT
 
     def deal(self, split, rng, **drawn):
         return self.episode(**drawn, suits="".join(rng.choices(split.suits, k=4)))
@@ -553,8 +556,10 @@ class Route(Episode):
         if fields["action"] not in self.actions:
             return "illegal_action"
         claims = "intersection" in str(fields.get("current observation"))
-        # The start and the destination are corners too, but their observation does not say so: nothing to miss there.
-        return "wrong_action" if claims == stop.intersection else "no_intersection" if claims else "missed_intersection"
+        # The start and the destination are corners too, though their observation does not say so: no word of it there.
+        if claims == stop.intersection or self.point in (0, self.points - 1):
+            return "wrong_action"
+        return "no_intersection" if claims else "missed_intersection"
 
 
 @dataclass
@@ -631,7 +636,7 @@ class VIRL(Task):
         "ood_rule": "as heldout, but actions are relative (left, ...); training has absolute ones (north, ...)",
         "ood_rule_hard": "as ood_rule, and the instruction gives turns in the absolute frame only",
     }
-    defaults = dict(prompts=8, samples=4, sft_batch=16, meta_prompts=16, demos=2000, eval_n=300)
+    defaults = dict(SHORT, samples=4, sft_batch=16, demos=2000)
 
     def draw(self, split, rng):
         role = split if split in ("train", "val") else "train" if split == "id" else "heldout"
@@ -776,7 +781,7 @@ class Mathematics(Task):
         "ood_length": "5 steps",
         "ood_rule": "an operator that the prompt explains; training has none",
     }
-    defaults = dict(max_new_tokens=100, prompts=16, sft_batch=32, meta_prompts=16)
+    defaults = dict(SHORT, max_new_tokens=100, sft_batch=32)
 
     def __init__(self, turns=0, data="", heldout=0.2):
         """data: a .jsonl file of the reader's own problems; heldout: the share of it for each of val and heldout."""

@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 TASKS = ("gp", "virl", "math", "gp-vl", "virl-vl")
 SEEDS = (0, 1, 2)
 FIXED = ["--no-meta", "--no-entropy", "--mu"]
-LIGHT = ["--prompts", "8", "--meta-prompts", "8", "--eval-n", "300"]  # smaller than the defaults, the same for every row
+LIGHT = ["--prompts", "8", "--meta-prompts", "8", "--eval-n", "300"]  # the defaults, but for gp, where they are larger
 RUNS = {  # name: flags; 50 optimiser steps each
     "SFT": ["--warmup", "49", "--steps", "1", *FIXED, "1"],  # a warm-up step is an SFT step, without rollouts
     "RL": ["--warmup", "0", "--steps", "50", *FIXED, "0"],
