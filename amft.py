@@ -118,6 +118,8 @@ class Config:
     trace: float = flag(0.0, "controller", "decay of d theta/d mu over steps; 0 looks one step ahead (Eq. 5)", 0, 1)
 
     eval_n: int = flag(1000, "reporting", "greedy samples of each split", 1)
+    evals: str = flag("all", "reporting", "evaluate before, after the warm-up and at the end, or at the end alone",
+                      choices=("all", "last"))
     save_every: int = flag(25, "reporting", "steps between states that --resume can go on from", 1)
     sample_every: int = flag(50, "reporting", "mixed steps between printed samples", 1)
     smoke: bool = flag(False, "reporting", "a very short run: a few steps, small batches and evaluations")
@@ -313,12 +315,13 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
         entropy += (torch.stack(watcher.columns, 1) * now).sum().item()
         said += (~done).sum().item()
         truncated += (~done & ~ended.any(1)).sum().item()
-        reward, shown = torch.zeros_like(now), [""] * len(played)
+        reward, shown, length = torch.zeros_like(now), [""] * len(played), now.sum(1).long().tolist()
+        texts = tokenizer.batch_decode([ids[mask] for ids, mask in zip(new, now.bool() & ~ended.bool())])
         for row in (~done).nonzero().squeeze(1).tolist():  # grade, and let the environment answer
-            text, episode = tokenizer.decode(new[row][now[row].bool() & ~ended[row].bool()]), played[row]
+            episode, text = played[row], texts[row]
             responses[row].append(text)
             seen[row].append(episode.recognised(text))
-            shown[row], reward[row, now[row].sum().long() - 1], done[row] = episode.step(text)
+            shown[row], reward[row, length[row] - 1], done[row] = episode.step(text)
         mask, graded = torch.cat([mask, now], 1), torch.cat([graded, reward], 1)
         ids, attention = out, torch.cat([attention, now.long()], 1)
         if done.all():
@@ -647,7 +650,7 @@ def train(config, out):
     start, last = time.time() - state.seconds, config.warmup + config.steps
     demo_rng = random.Random(f"demos {config.seed}")
     demos = [task.sample("train", demo_rng) for _ in range(config.demos)]
-    if state.step == 0:
+    if state.step == 0 and config.evals == "all":
         run.report(0, model, tokenizer, task, config)
 
     print(HEADER)
@@ -707,7 +710,7 @@ def train(config, out):
 
         state.step, state.seconds = step, time.time() - start
         run.log_step(row, rollouts, state, tokenizer, config)
-        if mixed == 0:
+        if mixed == 0 and config.evals == "all":
             run.report(step, model, tokenizer, task, config)
         if step % config.save_every == 0 or step == last:
             run.save(state, phi, phi_optimizer)

@@ -636,7 +636,7 @@ class VIRL(Task):
         "ood_rule": "as heldout, but actions are relative (left, ...); training has absolute ones (north, ...)",
         "ood_rule_hard": "as ood_rule, and the instruction gives turns in the absolute frame only",
     }
-    defaults = dict(SHORT, samples=4, sft_batch=16, demos=2000)
+    defaults = dict(SHORT, steps=30, samples=4, sft_batch=16, demos=2000, eval_n=200)
 
     def draw(self, split, rng):
         role = split if split in ("train", "val") else "train" if split == "id" else "heldout"

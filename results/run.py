@@ -5,9 +5,10 @@
     python results/run.py --only gp virl
     python results/run.py --tune        # the search that chose the defaults, evaluated on the split val alone
 
-For each task: SFT alone, RL alone, AMFT; 50 optimiser steps each, three seeds. Logs go to results/TASK/NAME-SEED/, tables
-to results/TASK.md (results/tune/ and results/tune.md for the search). Runs go two at a time with one thread each; every
-run is `python amft.py --task TASK` with the flags of its row and of `LIGHT`.
+For each task: SFT alone, RL alone, AMFT, three seeds, the same number of optimiser steps (50; in virl and virl-vl 40).
+Logs go to results/TASK/NAME-SEED/, tables to results/TASK.md (results/tune/ and results/tune.md for the search). Runs go
+two at a time with one thread each; every run is `python amft.py --task TASK` with the flags that `flags` gives it. But
+for gp, whose defaults are larger, AMFT's runs have a task's default settings.
 """
 
 import argparse
@@ -27,12 +28,19 @@ HERE = Path(__file__).resolve().parent
 TASKS = ("gp", "virl", "math", "gp-vl", "virl-vl")
 SEEDS = (0, 1, 2)
 FIXED = ["--no-meta", "--no-entropy", "--mu"]
-LIGHT = ["--prompts", "8", "--meta-prompts", "8", "--eval-n", "300"]  # the defaults, but for gp, where they are larger
-RUNS = {  # name: flags; 50 optimiser steps each
-    "SFT": ["--warmup", "49", "--steps", "1", *FIXED, "1"],  # a warm-up step is an SFT step, without rollouts
-    "RL": ["--warmup", "0", "--steps", "50", *FIXED, "0"],
-    "AMFT": ["--warmup", "10", "--steps", "40"],
-}
+RUNS = ("SFT", "RL", "AMFT")
+
+
+def flags(task, name, seed):
+    """The flags of a run. A warm-up step is an SFT step without rollouts, so SFT alone is nearly all warm-up."""
+    steps = 40 if task.startswith("virl") else 50
+    own = {"SFT": ["--warmup", steps - 1, "--steps", 1, *FIXED, 1], "RL": ["--warmup", 0, "--steps", steps, *FIXED, 0],
+           "AMFT": ["--warmup", 10, "--steps", steps - 10]}[name]
+    light = ["--prompts", 8, "--meta-prompts", 8, "--eval-n", 300] if task == "gp" else []
+    once = (name, seed) == ("AMFT", 0)  # the base is the same for every run
+    return list(map(str, ["--task", task, "--seed", seed, *light, *own, "--evals", "all" if once else "last"]))
+
+
 TUNING = ["--steps", "120", "--advantage", "group"]  # what the defaults were when the search was made
 TUNE = {  # one seed that no recorded run uses; what is best on val at the end becomes the default
     "lr=1e-4": [*TUNING, *FIXED, "0.5", "--warmup", "40", "--lr", "1e-4"],
@@ -64,8 +72,8 @@ def run(job):
     task, name, seed = job
     out = folder(*job)
     place = str(out.relative_to(HERE.parent))
-    flags = ["--task", "gp", *TUNE[name]] if task == "tune" else ["--task", task, *LIGHT, *RUNS[name]]
-    where = ["--resume", place] if (out / "metrics.jsonl").exists() else ["--seed", str(seed), "--out", place, *flags]
+    own = ["--task", "gp", "--seed", str(seed), *TUNE[name]] if task == "tune" else flags(*job)
+    where = ["--resume", place] if (out / "metrics.jsonl").exists() else [*own, "--out", place]
     program = ["-c", VAL_ONLY] if task == "tune" else ["amft.py"]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "output.txt", "a") as output:
@@ -86,10 +94,10 @@ def interval(values, form=".1f"):
 def table(task):
     done = {name: [seed for seed in SEEDS if rows(task, name, seed, "final")] for name in RUNS}
     done = {name: seeds for name, seeds in done.items() if seeds}
-    if not done:
-        return
+    if 0 not in done.get("AMFT", ()):
+        return print(f"{task}: no finished run of AMFT with seed 0, which has the base's row\n")
     evals = {(name, seed): rows(task, name, seed, "eval") for name, seeds in done.items() for seed in seeds}
-    first = next(iter(evals))
+    first = ("AMFT", 0)
     config, finals = rows(task, *first, "config")[0], {key: rows(task, *key, "final")[0] for key in evals}
     splits = list(dict.fromkeys(row["split"] for row in evals[first]))
     commits = sorted({rows(task, *key, "config")[0]["commit"][:12] for key in evals})
@@ -152,7 +160,7 @@ def main():
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     jobs = [("tune", name, TUNE_SEED) for name in TUNE] if args.tune else [
-        (task, name, seed) for seed in SEEDS for task in args.only for name in RUNS]
+        (task, name, seed) for seed in SEEDS for task in args.only for name in reversed(RUNS)]
     jobs = [job for job in jobs if not rows(*job, "final")]
     if not args.tables:
         start = time.time()
