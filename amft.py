@@ -814,7 +814,8 @@ class Run:
         self.write("final", step=state.step, mu=state.mu, rollouts=state.rollouts, seconds=round(state.seconds, 1))
         stages = {config.warmup: "after warm-up", 0: "base", config.warmup + config.steps: "final"}
         evals = self.rows("eval")
-        print_table({name: [row for row in evals if row["step"] == step] for step, name in sorted(stages.items())})
+        columns = {name: [row for row in evals if row["step"] == step] for step, name in sorted(stages.items())}
+        print_table({name: rows for name, rows in columns.items() if rows})
         print(f"{state.step} steps, {state.rollouts} rollouts, {state.seconds / 60:.1f} minutes, mu {state.mu:.3f}; "
               f"log and policy in {self.folder}")
 
