@@ -821,7 +821,7 @@ class Run:
 
 
 MEASURES = {"success": "success", "first_try": "success without a failed attempt",
-            "step_accuracy": "accuracy of single responses", "recognition": "pictures read right"}
+            "step_accuracy": "accuracy of single responses", "recognition": "observations read right"}
 
 
 def print_table(columns):

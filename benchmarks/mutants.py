@@ -76,7 +76,7 @@ MUTANTS = [
      "pictures_hold"),
     ("tasks.py", "self.point, self.tries = self.point + 1, 0", "self.point = self.point + 1", "random_agent or graded_correct"),
     ("tasks.py", "self.tries >= self.attempts", "self.tries > self.attempts", "random_agent or feedback"),
-    ("tasks.py", "wrong_action\" if claims == stop.intersection", "wrong_action\" if claims != stop.intersection", "never_wrong"),
+    ("tasks.py", "if claims == stop.intersection or", "if claims != stop.intersection or", "never_wrong"),
     ("tasks.py", "TURNS[(way - heading) % 8]", "TURNS.get(way - heading, \"left\")", "walks_through"),
     ("tasks.py", "(side - way) % 8", "(way - side) % 8", "walks_through"),
     ("tasks.py", "return -value if match[1] == \"-\" else value", "return value", "equal_numbers"),
