@@ -9,7 +9,6 @@ appendices A and B), whose shifts of rule and of look are the out-of-distributio
 """
 
 import argparse
-import argparse
 import copy
 import hashlib
 import json
@@ -264,7 +263,6 @@ def parse(formula):
     return numbers, value
 
 
-
 # Deals and splits
 
 RULE_10 = {"J": 10, "Q": 10, "K": 10}
@@ -450,6 +448,12 @@ NAMES = [f"{first} {kind}" for first in ("Harbor", "Maple", "Crown", "Union", "R
 NAME_ROLES = dict(zip(random.Random(8).sample(NAMES, len(NAMES)), ["train"] * 40 + ["heldout"] * 24))
 CITY_SIZE, CITIES = 5, 200  # nodes along a side; cities of each role
 
+NOTHING, CROSSING = "No landmarks nearby", "; You observe an intersection"
+FORWARD, HALT = "forward()", "stop()"
+GUIDE = ('Follow the instruction to the destination. Reply in JSON: {"current observation": "...", '
+         '"current instruction": "...", "action": "..."}\nActions: forward(), stop(), turn_direction(x) with x one of ')
+VIEWS = "\nThe image has 4 views: front and right above, behind and left below."
+
 
 class City:
     """A street graph on a square grid, with named landmarks at some intersections. All from its seed."""
@@ -479,13 +483,6 @@ class Stop(NamedTuple):
     def seen(self):
         text = "{} is on your {}".format(self.landmark[0], BEARINGS[self.landmark[1]]) if self.landmark else NOTHING
         return text + (CROSSING if self.intersection else "")
-
-
-NOTHING, CROSSING = "No landmarks nearby", "; You observe an intersection"
-FORWARD, HALT = "forward()", "stop()"
-GUIDE = ('Follow the instruction to the destination. Reply in JSON: {"current observation": "...", '
-         '"current instruction": "...", "action": "..."}\nActions: forward(), stop(), turn_direction(x) with x one of ')
-VIEWS = "\nThe image has 4 views: front and right above, behind and left below."
 
 
 @dataclass
