@@ -964,6 +964,19 @@ def test_rewards_and_gradients_of_whole_conversations(name):
     torch.testing.assert_close(amft.rl_gradient(model, None, rollouts, config)[0], expected, rtol=1e-3, atol=5e-6)
 
 
+def test_a_chat_model_gets_its_own_template_turn_by_turn(base, tokenizer):
+    """Prompt, response and observation, encoded one by one, make what the template makes of the whole conversation."""
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = ("{% for m in messages %}{% if m.role == 'user' %} where {{ m.content }}\n{% else %}"
+                          "{{ m.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}Turn {% endif %}")
+    said = [dict(role=role, content=text) for role, text in (("user", "3 + 4"), ("assistant", "8"), ("user", "10"))]
+    whole = chat.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    parts = [amft.encode_shown(base[0], chat, "3 + 4"), chat("8")["input_ids"] + [chat.eos_token_id],
+             amft.encode_shown(base[0], chat, "10", first=False)]
+    text = chat.decode(sum(parts, []))
+    assert text.replace("Turn 8", "8") == whole and text.count("Turn ") == 2  # asked to speak at each turn
+
+
 def test_a_policy_cannot_say_a_picture():
     task, model, tokenizer, config = shipped("gp-vl")
     batch = amft.encode_demos(model, tokenizer, [task.sample("train", random.Random(SEED))])
