@@ -528,7 +528,7 @@ def evaluate(model, tokenizer, task, split, n, max_new_tokens=40, batch_size=250
     if any(e.points > 1 or e.attempts > 1 for e in played):
         row.update(step_accuracy=measure(correct),
                    first_try=measure([[e.success and all(own)] for e, own in zip(played, correct)]))
-    if played[0].image is not None or any(hit is not None for hit in seen[0]):
+    if seen[0][0] is not None:
         row.update(recognition=measure(seen))
     return row
 

@@ -985,6 +985,13 @@ def test_a_policy_cannot_say_a_picture():
     assert (logits[..., model.config.image_token_id] < -1e8).all()
 
 
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_the_shipped_policies_are_above_chance_and_below_saturation(name):
+    task, model, tokenizer, config = shipped(name)
+    row = amft.evaluate(model, tokenizer, task, "id", 24, config.max_new_tokens)
+    assert 0 < row["success"] < 1 and sum(row["outcomes"].values()) >= 24
+
+
 class Sums(tasks.Episode):
     """A sixth task, as a student would add it: a + b, in three attempts."""
     outcomes = {"correct": (1.0, ""), "wrong": (-1.0, "your formula is not a formula")}
