@@ -6,8 +6,8 @@
     python results/run.py --tune        # the search that chose the defaults, evaluated on the split val alone
 
 For each task: SFT alone, RL alone, AMFT, three seeds, the same number of optimiser steps (50; in virl and virl-vl 40).
-Logs go to results/TASK/NAME-SEED/, tables to results/TASK.md (results/tune/ and results/tune.md for the search). Runs go
-two at a time with one thread each; every run is `python amft.py --task TASK` with the flags that `flags` gives it. But
+Logs go to results/TASK/NAME-SEED/, tables to results/TASK.md and results/summary.md (for the search: results/tune/ and
+results/tune.md). Runs go two at a time with one thread each; every run is `python amft.py --task TASK` with the flags that `flags` gives it. But
 for gp, whose defaults are larger, AMFT's runs have a task's default settings.
 """
 
@@ -137,6 +137,24 @@ def table(task):
     print("\n".join(lines) + "\n")
 
 
+def summary():
+    """Success of every task and split in one table, results/summary.md."""
+    lines = ["# Success on every task and split", "", "Made by `python results/run.py` from the logs; percent, mean over "
+             "three seeds and half-width of its 95% t-interval; more in the tables of each task.", "",
+             "| task | split | base | " + " | ".join(RUNS) + " |", "|---|---|---|" + "---|" * len(RUNS)]
+    for task in TASKS:
+        base = [row for row in rows(task, "AMFT", 0, "eval") if row["step"] == 0]
+        for i, row in enumerate(base):
+            cells = []
+            for name in RUNS:
+                last = [[r for r in rows(task, name, seed, "eval") if r["split"] == row["split"]][-1] for seed in SEEDS
+                        if rows(task, name, seed, "final")]
+                cells.append(interval([100 * r["success"] for r in last]) if last else "-")
+            lines.append(f"| {'' if i else task} | {row['split']} | {100 * row['success']:.1f} | {' | '.join(cells)} |")
+    (HERE / "summary.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
 def tune_table():
     lines = ["# The search that chose the defaults", "", "Made by `python results/run.py --tune`: seed "
              f"{TUNE_SEED}, greedy success on `val` in percent (n = 1000); no other split was evaluated.", "",
@@ -171,6 +189,7 @@ def main():
         return tune_table()
     for task in args.only:
         table(task)
+    summary()
 
 
 if __name__ == "__main__":
