@@ -86,7 +86,7 @@ def run(job):
 def interval(values, form=".1f"):
     """Mean and half-width of the 95% t-interval over seeds."""
     mean = format(statistics.mean(values), form)
-    if len(values) < 2 or min(values) == max(values):
+    if len(values) < 2:
         return mean
     return f"{mean} ± {format(T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)), form)}"
 
@@ -140,7 +140,7 @@ def table(task):
 def summary():
     """Success of every task and split in one table, results/summary.md."""
     lines = ["# Success on every task and split", "", "Made by `python results/run.py` from the logs; percent, mean over "
-             "three seeds and half-width of its 95% t-interval; more in the tables of each task.", "",
+             "the seeds and half-width of its 95% t-interval; more in the tables of each task.", "",
              "| task | split | base | " + " | ".join(RUNS) + " |", "|---|---|---|" + "---|" * len(RUNS)]
     for task in TASKS:
         base = [row for row in rows(task, "AMFT", 0, "eval") if row["step"] == 0]
