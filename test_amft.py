@@ -903,8 +903,9 @@ def test_conversations_alone_and_in_company(name):
     # The text that was graded is the text in the batch, and the rewards stand on the last token of each response.
     for row, (episode, texts) in enumerate(zip(rollouts.episodes, rollouts.responses)):
         own = rollouts.batch.mask[row].bool()
-        spoken = tokenizer.decode(rollouts.batch.responses[row][own]).replace("<eos>", "")
-        assert spoken == "".join(texts) and len(texts) == len(episode.history)
+        spoken = tokenizer.decode(rollouts.batch.responses[row][own])
+        assert spoken.count("<eos>") <= len(texts)  # nothing is said after the end
+        assert spoken.replace("<eos>", "") == "".join(texts) and len(texts) == len(episode.history)
         paid = [task.episode.outcomes[outcome][0] for outcome in episode.history]
         assert sum(paid) == pytest.approx(rollouts.graded[row].sum().item())
         assert (rollouts.graded[row][~own] == 0).all() and len(own.nonzero()) > 0
@@ -1377,7 +1378,7 @@ def test_problems_of_different_roles_differ():
 @pytest.mark.parametrize("answer_, box, outcome", [
     ("1/2", "1/2", "correct"), ("1/2", "0.5", "correct"), ("1/2", "\\frac{1}{2}", "correct"), ("1/2", "2/4", "correct"),
     ("1/2", "\\dfrac{1}{2}", "correct"), ("1/2", " 1 / 2 ", "correct"), ("1/2", "$0.50$", "correct"),
-    ("1000", "1,000", "correct"), ("1,000", "1000.0", "correct"), ("-3", "-3", "correct"), ("-1/2", "-\\frac{1}{2}", "correct"),
+    ("1000", "1,000", "correct"), ("1,000", "1000.0", "correct"), ("-3", "-3", "correct"), ("-1/2", "-\\frac{1}{2}", "correct"), ("3", "-3", "wrong_answer"),
     ("7", "+7", "correct"), ("7", "007", "correct"), ("1/3", "0.333", "wrong_answer"), ("7", "8", "wrong_answer"),
     ("1000", "1,00", "no_answer"), ("1000", "10,00", "no_answer"), ("7", "7 apples", "no_answer"), ("7", "x=7", "no_answer"),
     ("7", "3+4", "no_answer"), ("7", "7e0", "no_answer"), ("7", "\u0667", "no_answer"), ("7", "--7", "no_answer"),
