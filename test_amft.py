@@ -1325,6 +1325,17 @@ def test_feedback_is_never_wrong_about_an_intersection():
     assert set(outcomes) == set(tasks.Route.outcomes) - {"no_answer"}
 
 
+def test_each_point_has_its_own_attempts():
+    """One failure at every stop is forgiven in two attempts; two at one stop end the route."""
+    route = tasks.VIRL().sample("train", random.Random(SEED))
+    failing = copy.copy(route)
+    for point in range(route.points):
+        assert route.step("x")[2] is False and route.point == point
+        done = route.step(route.expert)[2]
+    assert done and route.success and len(route.history) == 2 * route.points
+    assert not failing.step("x")[2] and failing.step("x")[2] and not failing.success
+
+
 # --- mathematics --------------------------------------------------------------------------------------------------
 
 

@@ -74,7 +74,7 @@ MUTANTS = [
     ("tasks.py", "if sorted(used) != sorted(self.numbers):", "if set(used) != set(self.numbers):", "hostile or bracketing"),
     ("tasks.py", "return outcome if outcome == \"no_answer\" or self.recognised(response) else \"wrong_cards\"", "return outcome",
      "pictures_hold"),
-    ("tasks.py", "self.point, self.tries = self.point + 1, 0", "self.point = self.point + 1", "random_agent or graded_correct"),
+    ("tasks.py", "self.point, self.tries = self.point + 1, 0", "self.point = self.point + 1", "own_attempts"),
     ("tasks.py", "self.tries >= self.attempts", "self.tries > self.attempts", "random_agent or feedback"),
     ("tasks.py", "if claims == stop.intersection or", "if claims != stop.intersection or", "never_wrong"),
     ("tasks.py", "TURNS[(way - heading) % 8]", "TURNS.get(way - heading, \"left\")", "walks_through"),
