@@ -4,14 +4,14 @@ controller that learns mu from a meta-gradient of held-out reward, steadied by p
     python amft.py --task gp                                   # Algorithm 1 on General Points, CPU or GPU, minutes
     python amft.py --task virl                                 # or: math, gp-vl and virl-vl (in pictures)
     python amft.py --task gp --smoke                           # the same path in under a minute
-    python amft.py --task gp --mu 0.3 --no-meta --no-entropy   # a fixed mixture; --mu 1 is SFT, --mu 0 is RL
+    python amft.py --task gp --method sft-rl                   # a rival: sft, rl, fixed, chord, luffy, hpt, gac, ...
     python amft.py --resume runs/gp                            # go on with a run that was cut off
     python amft.py --task gp --eval-only --model runs/gp/final
     python amft.py --plot runs/gp                              # curves of a run (needs matplotlib)
 
 Read from top to bottom: policy, rewards and losses (Eqs. 1-3), the optimiser step and its derivative in mu, the
-meta-gradient (Eqs. 4-5), the controller (Eq. 6), evaluation, Algorithm 1. `train` ends the algorithm; the rest is the
-log, the saved state, checks of the input and the command line.
+meta-gradient (Eqs. 4-5), the controller (Eq. 6), the rules (METHODS: AMFT and its rivals in one table), evaluation,
+Algorithm 1. `train` ends the algorithm; the rest is the log, the saved state, checks of the input, the command line.
 Shapes: P prompts, G samples of each, B = P * G conversations, S tokens of the whole, T of what follows the prompt,
 V vocabulary, N parameters. theta, gradients and moments are flat vectors (N,).
 
@@ -48,6 +48,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, Aut
 from tasks import IMAGE, TASKS
 
 HERE = Path(__file__).resolve().parent
+METHODS = {}  # name -> Rule; the table is in the section "The rules"
 
 
 class UserError(Exception):
@@ -67,7 +68,9 @@ def flag(default, group, text, low=None, high=math.inf, choices=None):
 class Config:
     """Every flag: default, group in --help, meaning, lowest and highest value. The command line is built from it."""
     task: str = flag("gp", "what", "the task", choices=TASKS)
-    model: str = flag("base", "what", "checkpoint folder or hub name to start from; base: the one beside amft.py")
+    model: str = flag("base", "what", "checkpoint folder or hub name to start from; base: the one beside amft.py; "
+                      "base/early: the same, early in its pretraining")
+    method: str = flag("amft", "what", "how SFT and RL are mixed: a row of METHODS", choices=METHODS)
     seed: int = flag(0, "what", "seed of everything random; same seed, same CPU: the same log", 0)
     turns: int = flag(0, "what", "graded attempts at each answer or step; 0: the task's own (1, in virl 2)", 0, 20)
     data: str = flag("", "what", "math: your problems, a .jsonl file with prompt, solution and answer in each line")
@@ -75,19 +78,22 @@ class Config:
     device: str = flag("auto", "what", "cpu, cuda, mps; auto takes the first of cuda, mps, cpu that is there")
     out: str = flag("", "what", "folder of the run (default: runs/TASK, numbered if taken)")
 
-    steps: int = flag(100, "optimisation", "mixed steps, Algorithm 1's T; each is one optimiser step", 1)
-    warmup: int = flag(10, "optimisation", "SFT warm-up steps W before them; 0 is an ablation of Table 4", 0)
+    steps: int = flag(100, "optimisation", "optimiser steps of the whole run, the warm-up's included", 1)
+    warmup: int = flag(10, "optimisation", "the first W of them are SFT alone, in methods that have a warm-up; 0 is an "
+                       "ablation of Table 4", 0)
     lr: float = flag(1e-4, "optimisation", "learning rate alpha at the first step", 1e-12)
     decay: bool = flag(True, "optimisation", "alpha falls linearly to 0 over the run")
     weight_decay: float = flag(0.0, "optimisation", "AdamW's decoupled weight decay", 0)
     max_norm: float = flag(1.0, "optimisation", "clip the mixed gradient to this global norm", 1e-6)
     micro_batch: int = flag(256, "optimisation", "sequences in one forward pass: memory only, same gradient", 1)
 
-    demos: int = flag(20000, "imitation", "demonstrations that exist, each a random solver solution", 1)
-    sft_batch: int = flag(64, "imitation", "demonstrations in a step", 1)
+    demos: int = flag(20000, "imitation", "training problems, each with one demonstration (gp: a random solution)", 1)
+    sft_batch: int = flag(64, "imitation", "demonstrations in a step; methods that demonstrate the step's own prompts "
+                          "take one of each instead", 1)
     beta: float = flag(1.0, "imitation", "scale of the logged implicit reward beta log(pi / pi_ref)", 0)
 
-    prompts: int = flag(32, "exploration", "prompts P in a step", 1)
+    prompts: int = flag(32, "exploration", "prompts P: the run samples --steps x P x G responses in all, whatever the "
+                        "method, the controller's included, spread over the steps that sample", 1)
     samples: int = flag(8, "exploration", "samples G of each prompt", 1)
     temperature: float = flag(1.0, "exploration", "sampling temperature; log-probabilities are taken at it", 0.01)
     max_new_tokens: int = flag(40, "exploration", "longest response; longer ones are cut and count as truncated", 1)
@@ -96,14 +102,19 @@ class Config:
     advantage: str = flag("gae", "exploration", "gae: a value function phi, as the paper; group: the baseline is the "
                           "mean of a prompt's samples, cheaper", choices=("gae", "group"))
     clip: float = flag(0.2, "exploration", "PPO's clip range", 0, 1)
-    ppo_epochs: int = flag(1, "exploration", "optimiser steps on each batch of rollouts", 1)
+    ppo_epochs: int = flag(1, "exploration", "optimiser updates in a step, all on its one batch of rollouts", 1)
     gamma: float = flag(1.0, "exploration", "GAE's discount", 0, 1)
     lam: float = flag(0.95, "exploration", "GAE's lambda", 0, 1)
     value_lr: float = flag(1e-3, "exploration", "learning rate of the value function phi", 0)
 
-    mu: float = flag(0.5, "controller", "mu at the first mixed step", 0, 1)
-    mu_min: float = flag(0.05, "controller", "the controller never sets mu below", 0, 1)
-    mu_max: float = flag(0.95, "controller", "the controller never sets mu above", 0, 1)
+    switch: float = flag(0.5, "rules", "sft-rl: the share of the steps that are SFT", 0, 1)
+    gate: float = flag(0.0, "rules", "hpt: SFT where at most this share of a prompt's samples is correct", 0, 1)
+    shape: float = flag(0.1, "rules", "luffy: gamma of p / (p + gamma)", 1e-6)
+    sasr: float = flag(1.0, "rules", "sasr: gamma, the weight of the warm-up's gradient norm; larger: less SFT", 0)
+
+    mu: float = flag(0.5, "controller", "mu of fixed (0.5) and chord (0.1), and at the start in amft and gac", 0, 1)
+    mu_min: float = flag(0.05, "controller", "the controller never sets mu below; where cosine ends", 0, 1)
+    mu_max: float = flag(0.95, "controller", "the controller never sets mu above; where cosine begins (0.9)", 0, 1)
     meta: bool = flag(True, "controller", "learn mu from the meta-gradient")
     entropy: bool = flag(True, "controller", "steady mu by the policy's entropy")
     controller: str = flag("evidence", "controller", "evidence: step by the meta-gradient's sign, as far as its "
@@ -113,11 +124,17 @@ class Config:
     entropy_sign: str = flag("eq6", "controller", "eq6: entropy below target raises mu; text: it lowers mu",
                              choices=("eq6", "text"))
     meta_every: int = flag(5, "controller", "steps K between meta-gradients", 1)
+    meta_on: str = flag("val", "controller", "whose success a meta-gradient estimates: val, fresh conversations on "
+                        "validation prompts (Eq. 4); train, the step's own, which cost nothing; both",
+                        choices=("val", "train", "both"))
     meta_prompts: int = flag(32, "controller", "validation prompts in a meta-gradient, G samples each", 2)
     evidence_decay: float = flag(0.9, "controller", "share of old meta-gradients kept at an update", 0, 1)
-    trace: float = flag(0.0, "controller", "decay of d theta/d mu over steps; 0 looks one step ahead (Eq. 5)", 0, 1)
+    trace: float = flag(0.0, "controller", "share of earlier steps' d theta/d mu, moments included, that is carried on; "
+                        "0: of the last step alone (Eq. 5)", 0, 1)
 
     eval_n: int = flag(1000, "reporting", "greedy samples of each split", 1)
+    val_every: int = flag(0, "reporting", "evaluate on val every so many steps; 0: never", 0)
+    keep_best: bool = flag(False, "reporting", "evaluate also the policy that was best in these, as early stopping would")
     evals: str = flag("all", "reporting", "evaluate before, after the warm-up and at the end, or at the end alone",
                       choices=("all", "last"))
     save_every: int = flag(25, "reporting", "steps between states that --resume can go on from", 1)
@@ -128,7 +145,7 @@ class Config:
     eval_only: bool = flag(False, "runs", "evaluate --model on every split and stop")
 
 
-SMOKE = dict(steps=6, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, meta_prompts=8, meta_every=2,
+SMOKE = dict(steps=9, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, meta_prompts=8, meta_every=2,
              eval_n=100, save_every=3, sample_every=4)
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -422,15 +439,21 @@ def adamw_step(theta, grad, state, lr, max_norm=1.0, weight_decay=0.0, betas=(0.
     return theta * (1 - lr * weight_decay) - lr * update, AdamState(m, v, step)
 
 
-def step_sensitivity(theta, g_rl, g_sft, mu, state, **how):
-    """d theta'/d mu (N,) of the step that is really taken, exact through clipping, both moments and eps.
+def step_sensitivity(theta, g_rl, g_sft, mu, state, last=None, trace=0.0, **how):
+    """d theta'/d mu (N,) of the step that is really taken, exact through clipping, both moments and eps; returned with
+    the moments' derivatives, (theta, m, v), so that it can be given back as `last`.
 
-    Differs from Eq. 5, which differentiates a plain SGD step: forward mode needs no more than the step itself.
+    Differs from Eq. 5, which differentiates a plain SGD step: forward mode needs no more than the step itself. With
+    trace > 0, `last` enters at that share: then it is the derivative in a mu that was larger at all past steps, by
+    trace^i at the i-th last one, and what Adam's momentum still has to pay is in it (Xu et al. 2018; as there, the
+    gradients' own dependence on theta, a Hessian, is left out).
     """
-    def step(mu):
-        return adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, **how)[0]
+    def step(mu, theta, m, v):
+        theta, after = adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, AdamState(m, v, state.step), **how)
+        return theta, after.m, after.v
     mu = torch.as_tensor(mu, dtype=theta.dtype, device=theta.device)
-    return jvp(step, (mu,), (torch.ones_like(mu),))[1]
+    moved = [torch.zeros_like(theta) if last is None else trace * x for x in last or range(3)]
+    return jvp(step, (mu, theta, state.m, state.v), (torch.ones_like(mu), *moved))[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -478,6 +501,179 @@ def update_mu(mu, entropy, target_entropy, meta, evidence, config):
         evidence, meta_force = (total, variance), config.eta_mu * math.erf(total / math.sqrt(2 * variance))
     mu = min(max(mu + meta_force + entropy_force, config.mu_min), config.mu_max)
     return mu, evidence, (meta_force, entropy_force)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The rules. Every method is a weight mu of L = (1 - mu) L_RL + mu L_SFT, one number or one of each prompt, and a
+# coefficient c(p) on each demonstration token: its loss has the gradient -c(p) grad log p, with c taken as a constant.
+# The loop, the normalisation, the optimiser, PPO-clip and the budget are everyone's; so where a paper has two
+# optimisers, a KL term or an entropy bonus, this has not.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What a rule may look at. Nothing in it carries a gradient."""
+    config: Config
+    state: "State"
+    step: int
+    rng: random.Random
+    success: torch.Tensor = None  # (P, G) of the step's rollouts
+    entropy: float = None  # of the step's rollouts, nats a token
+    problems: tuple = ()  # indices of the step's prompts
+    meta: tuple = None  # amft: (dU/dmu, its standard error), every K steps
+    sft_norm: float = None  # norm of grad L_SFT, once it is known
+    nll: torch.Tensor = None  # (B,) mean over tokens of each demonstration's -log p, once it is known
+    advantages: torch.Tensor = None  # (P * G,) mean over tokens of each conversation's advantage
+    forces: tuple = (0.0, 0.0)  # amft and gac leave here what moved mu: (meta force, entropy force)
+
+    @property
+    def correct(self):  # k (P,): how many of a prompt's G samples are
+        return self.success.sum(1)
+
+    @property
+    def memory(self):  # what the rule itself wants to remember; saved with the run
+        return self.state.memory
+
+    @property
+    def progress(self):  # 0 at the first mixed step, 1 at the last
+        return (self.step - self.config.warmup - 1) / max(self.config.steps - self.config.warmup - 1, 1)
+
+
+def others(s):
+    """The demonstrations of a step: of any training problems."""
+    return s.rng.sample(range(s.config.demos), s.config.sft_batch)
+
+
+def own(s):
+    """The demonstrations of a step: one of each of its own prompts, so that a weight can be given to each prompt."""
+    return list(s.problems)
+
+
+class Rule(NamedTuple):
+    """One way to mix. Functions of a Seen; `alone` and, where it says yes, `shown` are asked before anything is sampled."""
+    mu: callable = lambda s: 0.0  # weight of L_SFT, a number or (P,)
+    c: callable = lambda s, p, A: 1.0  # coefficient of each demonstration token: p (B, T), its demonstration's A (B, 1)
+    A: callable = None  # (advantages of the samples (P, G), of the demonstrations (P,)) in place of --advantage's
+    alone: callable = lambda s: False  # is this step SFT alone, without rollouts? (In the warm-up it is.)
+    shown: callable = others  # indices of the problems whose demonstrations the step uses
+    learn: callable = lambda s: None  # after the step
+    warm: bool = False  # is there an SFT warm-up before the mixed steps?
+    defaults: dict = {}  # of flags
+
+
+def union_advantages(success):
+    """LUFFY Eq. 4, SRFT Eq. 7: group advantages over a prompt's samples and its demonstration, which counts as correct.
+
+    success (P, G) -> advantages (P, G), (P,). All wrong: the demonstration's is largest. All right: it is 0.
+    """
+    union = group_advantages(torch.cat([success, torch.ones_like(success[:, :1])], 1))
+    return union[:, :-1], union[:, -1]
+
+
+def srft_advantages(s):
+    """SRFT Eq. 13: 0.1 exp(H) on correct samples, -1 on wrong ones; the demonstration's advantage as LUFFY's.
+
+    Its -E[-log pi(wrong)] has no lower bound; nothing but the learning rate and the clip holds it.
+    """
+    return torch.where(s.success > 0, 0.1 * math.exp(s.entropy), -1.0), union_advantages(s.success)[1]
+
+
+def cosine(progress, peak, valley):
+    """CHORD's schedule of mu: from peak at progress 0 to valley at 1."""
+    return valley + (peak - valley) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def sasr_alone(s):
+    """SASR: SFT with probability G_last / (G_last + gamma G_warm), G being norms of grad L_SFT, else RL."""
+    last, warm = s.memory.get("last"), s.memory.get("warm")
+    return last is None or s.rng.random() < last / (last + s.config.sasr * warm)
+
+
+def sasr_learn(s):
+    """G_last is known of SFT steps alone, and goes stale between them."""
+    if s.sft_norm is not None and s.success is None:
+        s.memory["last"] = s.sft_norm
+        if s.step <= s.config.warmup or "warm" not in s.memory:
+            s.memory["warm"] = s.sft_norm
+
+
+def relift_shown(s):
+    return s.memory["buffer"][:s.config.sft_batch]
+
+
+def relift_learn(s):
+    """ReLIFT: prompts that no sample solved wait, newest first, until they fill an SFT step of their own."""
+    buffer = s.memory.setdefault("buffer", [])
+    if s.success is None and s.step > s.config.warmup:
+        del buffer[:s.config.sft_batch]
+    elif s.success is not None:
+        buffer[:0] = [problem for problem, k in zip(s.problems, s.correct.tolist()) if k == 0]
+
+
+def gac_mu(mu, gap, noise_sft, noise_rl, most):
+    """GAC's closed form: the mu that minimises (mu - a)^2 gap + mu^2 noise_sft + (1 - mu)^2 noise_rl, a = 1/2, drawn half
+    way to the prior 1/2; mu goes there by at most `most`."""
+    best = (0.5 * gap + noise_rl) / (gap + noise_sft + noise_rl)
+    return mu + max(-most, min(most, (best + 0.5) / 2 - mu))
+
+
+def gac_learn(s):
+    """Running means of GAC's three proxies; mu follows them every --meta-every steps, by at most --eta-mu.
+
+    noise_rl: variance of the samples' advantages; noise_sft: 10% trimmed variance of the demonstrations' mean -log p; gap:
+    mean squared difference of the coefficients, 1 on demonstrations and A on samples. Published: a memory of 0.99 (here
+    --evidence-decay), every 10 steps by at most 0.01, for runs of hundreds of steps.
+    """
+    if s.success is None:
+        return
+    nll = s.nll.sort().values[len(s.nll) // 10:len(s.nll) - len(s.nll) // 10]
+    now = [((1 - s.advantages) ** 2).mean().item(), nll.var(correction=0).item(), s.advantages.var(correction=0).item()]
+    decay, old = s.config.evidence_decay, s.memory.get("proxies", now)
+    s.memory["proxies"] = [decay * a + (1 - decay) * b for a, b in zip(old, now)]
+    if (s.step - s.config.warmup) % s.config.meta_every == 0:
+        mu = gac_mu(s.state.mu, *s.memory["proxies"], s.config.eta_mu)
+        s.state.mu = min(max(mu, s.config.mu_min), s.config.mu_max)
+
+
+def amft_mu(s):
+    """Eq. 6, at every step; between meta-gradients by the entropy alone."""
+    if s.config.meta or s.config.entropy:
+        s.state.mu, s.state.evidence, s.forces = update_mu(s.state.mu, s.entropy, s.state.target_entropy, s.meta,
+                                                           s.state.evidence, s.config)
+    return s.state.mu
+
+
+METHODS.update({
+    # One loss or the other.
+    "sft": Rule(alone=lambda s: True),
+    "dft": Rule(alone=lambda s: True, c=lambda s, p, A: p),  # 2508.05629 Eq. 9: -sg(p) log p, c detached
+    "rl": Rule(),
+    "sft-rl": Rule(alone=lambda s: s.step <= s.config.switch * s.config.steps),  # two stages
+    # One mu for the whole loss.
+    "fixed": Rule(mu=lambda s: s.config.mu, warm=True),
+    "cosine": Rule(mu=lambda s: cosine(s.progress, s.config.mu_max, s.config.mu_min),
+                   defaults=dict(mu_max=0.9)),  # CHORD-mu, 2508.11408: 0.9 -> 0.05
+    "chord": Rule(mu=lambda s: s.config.mu, c=lambda s, p, A: p * (1 - p), defaults=dict(mu=0.1)),  # CHORD-phi; its
+    # Eqs. 5-6 print no stop-gradient, its code detaches, and so must this, or confident tokens would be unlearned
+    "sasr": Rule(alone=sasr_alone, learn=sasr_learn, warm=True),  # 2505.13026: each step all of one
+    "gac": Rule(mu=lambda s: s.state.mu, learn=gac_learn, warm=True, defaults=dict(mu_max=0.9)),  # 2605.26184
+    "amft": Rule(mu=amft_mu, warm=True),  # 2508.06944
+    # A gate on k, how many of a prompt's G samples are correct: mu of each prompt is 0 or 1.
+    "superrl": Rule(mu=lambda s: (s.correct == 0).float(), shown=own),  # 2506.01096
+    "hpt": Rule(mu=lambda s: (s.correct <= s.config.gate * s.config.samples).float(), shown=own),  # 2509.04419; its
+    # equation divides by std, its code does not: here as --advantage says, for every method
+    "dyme": Rule(mu=lambda s: (s.correct == 0).float(), c=lambda s, p, A: 1 / s.config.samples, shown=own),  # 2506.23061:
+    # the demonstration takes one of the G slots, with advantage 1
+    "relift": Rule(alone=lambda s: len(s.memory.get("buffer", ())) >= s.config.sft_batch, shown=relift_shown,
+                   learn=relift_learn, defaults=dict(sft_batch=16)),  # 2506.07527; there with an Adam of its own
+    # A demonstration in each prompt's group, with an advantage as the samples have.
+    "luffy": Rule(mu=lambda s: 1 / (s.config.samples + 1), A=lambda s: union_advantages(s.success), shown=own,
+                  c=lambda s, p, A: A * s.config.shape * p / (p + s.config.shape) ** 2),  # 2504.14945: -A p/(p + gamma),
+    # the gradient goes through p; PPO's clip stays on samples, as the paper prints (its code: loss_remove_clip)
+    "srft": Rule(mu=lambda s: 0.5, A=srft_advantages, shown=own,
+                 c=lambda s, p, A: 0.5 * math.exp(-s.entropy) + A * p),  # 2506.19767 Eqs. 8, 13; its code: exp(+entropy)
+})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -550,14 +746,20 @@ def gradient(model, loss):
     return torch.cat([grad.reshape(-1) for grad in grads])
 
 
-def sft_gradient(model, batch, config):
-    """(grad L_SFT (N,), L_SFT, logps (B, T)) of a batch of demonstrations."""
-    tokens, grad, total, logps = batch.mask.sum(), 0.0, 0.0, []
-    for part in batch.split(config.micro_batch):
-        logps.append(logps_of(model, part))
-        loss = sft_loss(logps[-1], part.mask, tokens)
-        grad, total = grad + gradient(model, loss), total + loss.item()
-    return grad, total, torch.cat(logps).detach()
+def sft_gradient(model, batch, config, c=None, tokens=None):
+    """(grad L_SFT (N,), mean -log p of a token, logps (B, T)) of a batch of demonstrations.
+
+    c(p (b, T), rows) gives each token's coefficient; without it it is 1, Eq. 2. tokens: the number to divide by, if not
+    the batch's own.
+    """
+    tokens, grad, logps = batch.mask.sum() if tokens is None else tokens, 0.0, torch.zeros_like(batch.mask)
+    for rows in torch.arange(len(batch), device=batch.ids.device).split(config.micro_batch):
+        part = batch[rows]
+        logp = logps_of(model, part)
+        logps[rows] = logp.detach()
+        weighted = logp if c is None else c(logp.detach().exp(), rows) * logp  # the stop-gradient is here
+        grad = grad + gradient(model, sft_loss(weighted, part.mask, tokens))
+    return grad, sft_loss(logps, batch.mask).item(), logps
 
 
 def rl_gradient(model, phi, rollouts, config):
@@ -597,11 +799,12 @@ def explore(model, tokenizer, episodes, config):
 
 
 @torch.no_grad()
-def add_advantages(model, phi, rollouts, config):
-    """Fill in advantages, and the value function's targets."""
+def add_advantages(model, phi, rollouts, config, given=None):
+    """Fill in advantages, and the value function's targets; given: advantages (P, G) by a rule's own definition."""
     batch, mask = rollouts.batch, rollouts.batch.mask
-    if config.advantage == "group":
-        rollouts.advantages = group_advantages(rollouts.rewards.sum(1).view(-1, config.samples)).reshape(-1, 1) * mask
+    if given is not None or phi is None:
+        group = group_advantages(rollouts.rewards.sum(1).view(-1, config.samples)) if given is None else given
+        rollouts.advantages = group.reshape(-1, 1) * mask
         return
     values = torch.cat([phi(outputs(model, part)[1]).squeeze(-1) for part in batch.split(config.micro_batch)]) * mask
     advantages, rollouts.returns = gae(rollouts.rewards, values, mask, config.gamma, config.lam)
@@ -610,15 +813,42 @@ def add_advantages(model, phi, rollouts, config):
     rollouts.advantages = (advantages - mean) / (std + 1e-8) * mask
 
 
-def look_ahead(model, tokenizer, task, state, rng, config):
-    """Eqs. 4-5 at the stepped policy theta': (dU/dmu, standard error), from fresh rollouts on validation prompts."""
-    rollouts = explore(model, tokenizer, [task.sample("val", rng) for _ in range(config.meta_prompts)], config)
-    dlogps = torch.zeros(len(rollouts.batch), device=state.theta.device)
-    signal = (rollouts.success.std(1) > 0).repeat_interleave(config.samples)  # elsewhere the advantage is exactly 0
-    for rows in chunks(signal, config.micro_batch):
-        dlogps[rows] = logp_sensitivity(model, state.theta, state.sensitivity, rollouts.batch[rows],
-                                        config.temperature)
-    return meta_gradient(rollouts.success, dlogps.view_as(rollouts.success))
+def utility_gradient(model, batches, state, config):
+    """Eqs. 4-5 at the stepped policy theta': (dU/dmu, standard error), from lists of Rollouts that theta' sampled."""
+    dlogps = []
+    for rollouts in batches:
+        dlogp = torch.zeros(len(rollouts.batch), device=state.theta.device)
+        signal = (rollouts.success.std(1) > 0).repeat_interleave(config.samples)  # elsewhere the advantage is exactly 0
+        for rows in chunks(signal, config.micro_batch):
+            dlogp[rows] = logp_sensitivity(model, state.theta, state.sensitivity[0], rollouts.batch[rows],
+                                           config.temperature)
+        dlogps.append(dlogp.view_as(rollouts.success))
+    return meta_gradient(torch.cat([rollouts.success for rollouts in batches]), torch.cat(dlogps))
+
+
+def look_ahead(model, tokenizer, task, state, rng, config, rollouts=None):
+    """The meta-gradient of --meta-on: from fresh rollouts on validation prompts, from the step's own, or from both."""
+    batches = [rollouts] if config.meta_on != "val" else []
+    if config.meta_on != "train":
+        batches.append(explore(model, tokenizer, [task.sample("val", rng) for _ in range(config.meta_prompts)], config))
+        state.rollouts += len(batches[-1].batch)
+    return utility_gradient(model, batches, state, config)
+
+
+def looks_ahead(config, step):
+    """Is there a meta-gradient at this step? Every K mixed steps, but not at the first: no step came before it."""
+    mixed = step - config.warmup
+    return config.meta and mixed > 1 and mixed % config.meta_every == 0
+
+
+def prompts_now(config, state, step):
+    """How many prompts to sample at this step, so that the run's responses are steps x P x G in all: what is left, less
+    what the controller will take, spread evenly over the steps to come. A step that samples nothing leaves more to them
+    (so only a last step of SFT alone, which is chance in sasr, leaves some unused)."""
+    left = config.steps * config.prompts - state.rollouts // config.samples
+    if config.meta_on != "train":
+        left -= config.meta_prompts * sum(looks_ahead(config, later) for later in range(step, config.steps + 1))
+    return min(max(left // (config.steps - step + 1), 1), config.demos)
 
 
 @dataclass
@@ -629,15 +859,17 @@ class State:
     mu: float
     step: int = 0
     evidence: tuple = (0.0, 0.0)
-    sensitivity: torch.Tensor = None  # d theta/d mu (N,) of the last step
+    sensitivity: tuple = None  # d theta/d mu (N,) of the last step, and the derivatives of Adam's moments
     target_entropy: float = None  # H*, set after the warm-up
-    rollouts: int = 0
+    rollouts: int = 0  # conversations sampled, the controller's included
+    memory: dict = dataclasses.field(default_factory=dict)  # a rule's own
+    best: tuple = (-1.0, 0, None)  # --keep-best: success on val, step, theta (N,)
     seconds: float = 0.0
 
 
 def train(config, out):
-    """Algorithm 1: SFT warm-up, then mixed steps. Writes folder `out`, or goes on from the state that lies there."""
-    task = make_task(config)
+    """Algorithm 1, and with another --method its rivals. Writes folder `out`, or goes on from the state that lies there."""
+    task, rule = make_task(config), METHODS[config.method]
     model, tokenizer = load_policy(config, task)
     run = Run(out, config)
     theta = flatten(model)
@@ -647,9 +879,9 @@ def train(config, out):
     state = State(theta, AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0), config.mu)
     state = run.load(state, phi, phi_optimizer)
     vector_to_parameters(state.theta, model.parameters())
-    start, last = time.time() - state.seconds, config.warmup + config.steps
-    demo_rng = random.Random(f"demos {config.seed}")
-    demos = [task.sample("train", demo_rng) for _ in range(config.demos)]
+    start, last = time.time() - state.seconds, config.steps
+    problem_rng = random.Random(f"demos {config.seed}")
+    problems = [task.sample("train", problem_rng) for _ in range(config.demos)]
     if state.step == 0 and config.evals == "all":
         run.report(0, model, tokenizer, task, config)
 
@@ -658,44 +890,54 @@ def train(config, out):
         # Every step has its own seed, so a resumed run repeats the unbroken one without saved generators.
         rng = random.Random(f"step {config.seed} {step}")
         torch.manual_seed(rng.getrandbits(62))
-        mixed = step - config.warmup  # 1, 2, ..., T in the mixed phase; before it, warm-up on L_SFT alone
-        row, rollouts = dict(step=step, mu=1.0), None
         how = dict(lr=config.lr * (1 - (step - 1) / last if config.decay else 1), max_norm=config.max_norm,
                    weight_decay=config.weight_decay)
+        s, warming = Seen(config, state, step, rng), step <= config.warmup
+        row, rollouts, demos, mu, given, A = dict(step=step), None, None, 1.0, None, None
 
-        demo_batch = encode_demos(model, tokenizer, rng.sample(demos, config.sft_batch))
-        if mixed > 0:
-            rollouts = explore(model, tokenizer, [task.sample("train", rng) for _ in range(config.prompts)], config)
-            add_advantages(model, phi, rollouts, config)
+        if not (warming or rule.alone(s)):
+            s.problems = rng.sample(range(config.demos), prompts_now(config, state, step))
+            rollouts = explore(model, tokenizer, [problems[i] for i in s.problems], config)
             state.rollouts += len(rollouts.batch)
+            s.success, s.entropy = rollouts.success, rollouts.entropy
             if state.target_entropy is None:
                 state.target_entropy = rollouts.entropy  # H*: these are the first samples after the warm-up
-
+            if rule.A:
+                given, A = rule.A(s)
+            add_advantages(model, phi, rollouts, config, given)
+            s.advantages = rollouts.advantages.sum(1) / rollouts.batch.mask.sum(1)
             # Eqs. 4-5 every K steps, Eq. 6 at every step; the step below uses the new mu.
-            meta, forces = None, (0.0, 0.0)
-            if config.meta and mixed % config.meta_every == 0 and state.sensitivity is not None:
-                meta = look_ahead(model, tokenizer, task, state, rng, config)
-                state.rollouts += config.meta_prompts * config.samples
-            if config.meta or config.entropy:
-                state.mu, state.evidence, forces = update_mu(state.mu, rollouts.entropy, state.target_entropy, meta,
-                                                             state.evidence, config)
-            row.update(mu=state.mu, meta_force=forces[0], entropy_force=forces[1], entropy=rollouts.entropy,
-                       target_entropy=state.target_entropy)
-            row.update(zip(("meta_grad", "meta_se"), meta or ()))
+            if looks_ahead(config, step) and state.sensitivity is not None:
+                s.meta = look_ahead(model, tokenizer, task, state, rng, config, rollouts)
+            mu = rule.mu(s)
+            row.update(meta_force=s.forces[0], entropy_force=s.forces[1], entropy=rollouts.entropy,
+                       target_entropy=state.target_entropy, **dict(zip(("meta_grad", "meta_se"), s.meta or ())))
 
-        for epoch in range(config.ppo_epochs if mixed > 0 else 1):
-            g_sft, row["sft_loss"], logps = sft_gradient(model, demo_batch, config)
-            g = g_sft
-            if mixed > 0:
+        each = torch.is_tensor(mu)  # a weight of each prompt, and of its demonstration: it goes inside the losses
+        if each or mu > 0:
+            demos = encode_demos(model, tokenizer, [problems[i] for i in (others if warming else rule.shown)(s)])
+            tokens, weights = demos.mask.sum(), mu if each else torch.ones(len(demos), device=model.device)
+            used = weights.nonzero().squeeze(1)  # the others add exactly nothing, and stay in the denominator
+            demos, weights, A = demos[used], weights[used], A if A is None else A[used]
+        if each:
+            rollouts.advantages = rollouts.advantages * (1 - mu).repeat_interleave(config.samples).unsqueeze(1)
+        w_rl, w_sft = (1.0, 1.0) if each else (1 - mu, mu)
+
+        def c(p, rows):
+            return weights[rows, None] * rule.c(s, p, A if A is None else A[rows, None])
+
+        for epoch in range(1 if rollouts is None else config.ppo_epochs):
+            g_rl = g_sft = torch.zeros_like(state.theta)
+            if demos:
+                g_sft, row["sft_loss"], logps = sft_gradient(model, demos, config, None if warming else c, tokens)
+            if rollouts is not None:
                 g_rl, row["rl_loss"], row["value_loss"] = rl_gradient(model, phi, rollouts, config)
-                g = (1 - state.mu) * g_rl + state.mu * g_sft  # the gradient of Eq. 3
-                row["grad_cos"] = torch.cosine_similarity(g_rl, g_sft, dim=0).item()
-                if config.meta and (config.trace or (mixed + 1) % config.meta_every == 0):
-                    direct = step_sensitivity(state.theta, g_rl, g_sft, state.mu, state.adam, **how)
-                    if config.trace and state.sensitivity is not None:
-                        direct = direct + config.trace * state.sensitivity  # Xu et al. 2018: momentum pays later
-                    state.sensitivity = direct
-            row["grad_norm"] = g.norm().item()
+            g = w_rl * g_rl + w_sft * g_sft  # the gradient of Eq. 3
+            if config.meta and rollouts is not None and (config.trace or looks_ahead(config, step + 1)):
+                state.sensitivity = step_sensitivity(state.theta, g_rl, g_sft, mu, state.adam, state.sensitivity,
+                                                     config.trace, **how)
+            row.update(grad_norm=g.norm().item(), grad_norm_rl=g_rl.norm().item(), grad_norm_sft=g_sft.norm().item(),
+                       grad_cos=torch.cosine_similarity(g_rl, g_sft, dim=0).item() if demos and rollouts else None)
             check_finite(row, run)
             state.theta, state.adam = adamw_step(state.theta, g, state.adam, **how)
             if phi is not None:
@@ -703,21 +945,32 @@ def train(config, out):
                 phi_optimizer.zero_grad()
             vector_to_parameters(state.theta, model.parameters())
 
-        with torch.no_grad():
-            ref_logps = torch.cat([logps_of(model, part, theta=reference)
-                                   for part in demo_batch.split(config.micro_batch)])
-        row["implicit_reward"] = implicit_reward(logps, ref_logps, demo_batch.mask, config.beta).mean().item()
+        row.update(mu=mu.mean().item() if each else mu, demos=len(demos) if demos else 0)
+        if demos:
+            with torch.no_grad():
+                ref_logps = torch.cat([logps_of(model, part, theta=reference)
+                                       for part in demos.split(config.micro_batch)])
+            row["implicit_reward"] = implicit_reward(logps, ref_logps, demos.mask, config.beta).mean().item()
+            s.sft_norm, s.nll = row["grad_norm_sft"], -(logps * demos.mask).sum(1) / demos.mask.sum(1)
+        rule.learn(s)
 
         state.step, state.seconds = step, time.time() - start
         run.log_step(row, rollouts, state, tokenizer, config)
-        if mixed == 0 and config.evals == "all":
+        if step == config.warmup and config.evals == "all":
             run.report(step, model, tokenizer, task, config)
+        elif config.val_every and (step % config.val_every == 0 or step == last):
+            success = run.report(step, model, tokenizer, task, config, ["val"])
+            if config.keep_best and success > state.best[0]:
+                state.best = success, step, state.theta
         if step % config.save_every == 0 or step == last:
             run.save(state, phi, phi_optimizer)
 
     run.report(last, model, tokenizer, task, config)
     model.save_pretrained(out / "final")
     tokenizer.save_pretrained(out / "final")
+    if config.keep_best:
+        vector_to_parameters(state.best[2], model.parameters())
+        run.report(state.best[1], model, tokenizer, task, config, best=True)
     run.finish(state, config)
     return run
 
@@ -728,7 +981,7 @@ def train(config, out):
 
 STEP_KEYS = ("step", "mu", "meta_grad", "meta_se", "meta_force", "entropy_force", "entropy", "target_entropy",
              "sft_loss", "rl_loss", "value_loss", "reward", "success", "zero_adv", "implicit_reward", "grad_norm",
-             "grad_cos", "response_len", "turns", "truncated", "recognition", "rollouts", "seconds")
+             "grad_norm_rl", "grad_norm_sft", "grad_cos", "demos", "correct", "response_len", "turns", "truncated", "recognition", "rollouts", "seconds")
 COLUMNS = dict(step="5d", mu="6.3f", meta_grad="10.2e", meta_se="9.2e", entropy="8.3f", sft_loss="9.4f",
                rl_loss="8.4f", success="8.3f", zero_adv="9.2f", grad_norm="10.3f", grad_cos="9.3f", rollouts="9d",
                seconds="8.1f")
@@ -794,6 +1047,7 @@ class Run:
             rewards = rollouts.rewards.sum(1).view(-1, config.samples)
             seen = [hit for own in rollouts.seen for hit in own if hit is not None]
             row.update(reward=rewards.mean().item(), success=rollouts.success.mean().item(),
+                       correct=torch.bincount(rollouts.success.sum(1).long(), minlength=config.samples + 1).tolist(),
                        zero_adv=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
                        response_len=rollouts.batch.mask.sum(1).mean().item(), truncated=rollouts.truncated,
                        turns=statistics.mean(map(len, rollouts.responses)),
@@ -805,16 +1059,20 @@ class Run:
             text = tokenizer.decode(rollouts.batch.ids[0][rollouts.batch.attention[0].bool()])
             tqdm.write(f"\n{re.sub(f'({IMAGE})+', IMAGE, text)}\n-> {', '.join(rollouts.episodes[0].history)}\n")
 
-    def report(self, step, model, tokenizer, task, config):
-        for split in tqdm(task.splits, desc="evaluation", leave=False):
-            self.write("eval", step=step, **evaluate(model, tokenizer, task, split, config.eval_n,
-                                                     config.max_new_tokens))
+    def report(self, step, model, tokenizer, task, config, splits=None, best=False):
+        """Evaluate on these splits, or on all; returns the last one's success."""
+        for split in tqdm(splits or task.splits, desc="evaluation", leave=False):
+            row = evaluate(model, tokenizer, task, split, config.eval_n, config.max_new_tokens)
+            self.write("eval", step=step, whole=splits is None, best=best, **row)
+        return row["success"]
 
     def finish(self, state, config):
         self.write("final", step=state.step, mu=state.mu, rollouts=state.rollouts, seconds=round(state.seconds, 1))
-        stages = {config.warmup: "after warm-up", 0: "base", config.warmup + config.steps: "final"}
-        evals = self.rows("eval")
-        columns = {name: [row for row in evals if row["step"] == step] for step, name in sorted(stages.items())}
+        stages = {config.warmup: "after warm-up", 0: "base", config.steps: "final"}
+        evals = [row for row in self.rows("eval") if row["whole"]]
+        columns = {name: [row for row in evals if row["step"] == step and not row["best"]]
+                   for step, name in sorted(stages.items())}
+        columns[f"best on val (step {state.best[1]})"] = [row for row in evals if row["best"]]
         print_table({name: rows for name, rows in columns.items() if rows})
         print(f"{state.step} steps, {state.rollouts} rollouts, {state.seconds / 60:.1f} minutes, mu {state.mu:.3f}; "
               f"log and policy in {self.folder}")
@@ -873,7 +1131,8 @@ def load_policy(config, task):
     transformers.utils.logging.disable_progress_bar()
     episode = task.sample("train", random.Random(0))
     eyes = episode.image is not None
-    source = HERE / ("base-vl" if eyes else "base") if config.model == "base" else config.model
+    source = "base-vl" if eyes and config.model == "base" else config.model
+    source = HERE / source if (HERE / source / "config.json").exists() else source
     try:
         # Fused attention has no forward-mode derivative, which the meta-gradient needs: "eager" has.
         kind = AutoModelForImageTextToText if eyes else AutoModelForCausalLM
@@ -927,8 +1186,10 @@ def parse_config(argv):
             group.add_argument(name, default=field.default, help=text, type=field.type,
                                choices=field.metadata["choices"])
     given = parser.parse_args(argv)
+    rule, learned = METHODS[given.method], given.method == "amft"
     # Flags that are given still win.
-    parser.set_defaults(**{**TASKS[given.task].defaults, **(SMOKE if given.smoke else {})})
+    parser.set_defaults(**{**TASKS[given.task].defaults, **(SMOKE if given.smoke else {}), **rule.defaults,
+                           **({} if rule.warm else dict(warmup=0)), **({} if learned else dict(meta=False, entropy=False))})
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -941,6 +1202,13 @@ def check_config(config):
         low, high = field.metadata["low"], field.metadata["high"]
         need(low is None or low <= getattr(config, field.name) <= high, field.name,
              f"at least {low}" if high == math.inf else f"in [{low}, {high}]")
+    need(config.warmup <= config.steps, "warmup", f"at most --steps, {config.steps}")
+    need(config.method == "amft" or not (config.meta or config.entropy), "method", "amft, if --meta or --entropy is given")
+    looks = sum(looks_ahead(config, step) for step in range(config.steps + 1)) * (config.meta_on != "train")
+    need(config.steps * (config.prompts - 1) >= looks * config.meta_prompts, "meta_prompts",
+         f"less: {looks} meta-gradients would take more than the run's --steps x --prompts, "
+         f"{config.steps} x {config.prompts}")
+    need(not config.keep_best or config.val_every, "val_every", "at least 1 with --keep-best")
     need(config.demos >= config.sft_batch, "demos", f"at least --sft-batch, {config.sft_batch}")
     need(config.samples > 1 or (config.advantage == "gae" and not config.meta), "samples",
          "at least 2: group advantages and the meta-gradient compare a prompt's samples")

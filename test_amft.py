@@ -185,7 +185,7 @@ def test_meta_gradient_is_the_finite_difference_of_exact_utility(clipped, steps_
     expected = (utility(mu + h) - utility(mu - h)) / (2 * h)
 
     theta = amft.flatten(model)
-    tangent = amft.step_sensitivity(theta, g_rl, g_sft, mu, state, **how)
+    tangent = amft.step_sensitivity(theta, g_rl, g_sft, mu, state, **how)[0]
     stepped, _ = amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, **how)
     vector_to_parameters(stepped.clone(), model.parameters())
     actual = 0.0
@@ -203,7 +203,7 @@ def test_adams_first_step_hides_mu():
     state = amft.AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
     norms = []
     for _ in range(3):
-        norms.append(amft.step_sensitivity(theta, g_rl, g_sft, 0.5, state, lr=1.0, max_norm=1e9).norm().item())
+        norms.append(amft.step_sensitivity(theta, g_rl, g_sft, 0.5, state, lr=1.0, max_norm=1e9)[0].norm().item())
         theta, state = amft.adamw_step(theta, torch.randn_like(theta), state, lr=1.0, max_norm=1e9)
     assert norms[0] < 1e-2 and min(norms[1:]) > 0.1
 
@@ -212,15 +212,15 @@ def test_sensitivity_is_finite_where_no_gradient_ever_came():
     theta, zeros = torch.randn(4), torch.zeros(4)
     g_rl, g_sft = torch.tensor([0.0, 1, 0, 2]), torch.tensor([0.0, 0, 3, 2])
     for state in (amft.AdamState(zeros, zeros, 0), amft.AdamState(zeros, torch.tensor([0.0, 1, 1, 1]), 9)):
-        tangent = amft.step_sensitivity(theta, g_rl, g_sft, 0.5, state, lr=0.1)
+        tangent = amft.step_sensitivity(theta, g_rl, g_sft, 0.5, state, lr=0.1)[0]
         assert tangent.isfinite().all() and tangent[0] == 0
-        assert amft.step_sensitivity(theta, zeros, zeros, 0.5, state, lr=0.1).isfinite().all()
+        assert amft.step_sensitivity(theta, zeros, zeros, 0.5, state, lr=0.1)[0].isfinite().all()
 
 
 def test_per_sample_form_equals_the_backward_inner_product():
     model, reward, g_rl, g_sft, state = toy(5)
     theta = amft.flatten(model)
-    tangent = amft.step_sensitivity(theta, g_rl, g_sft, 0.4, state, lr=0.05)
+    tangent = amft.step_sensitivity(theta, g_rl, g_sft, 0.4, state, lr=0.05)[0]
     batch = sequences(PROMPTS[0])
     dlogps = amft.logp_sensitivity(model, theta, tangent, batch)
     weights = torch.rand(len(ALL), dtype=torch.float64)
@@ -232,7 +232,7 @@ def test_meta_gradient_is_unbiased_and_its_standard_error_covers():
     """Sampled on the toy world: mean over repetitions = the exact value, and 95% of intervals hold it."""
     model, reward, g_rl, g_sft, state = toy(10)
     theta = amft.flatten(model)
-    tangent = amft.step_sensitivity(theta, g_rl, g_sft, 0.5, state, lr=0.05)
+    tangent = amft.step_sensitivity(theta, g_rl, g_sft, 0.5, state, lr=0.05)[0]
     with torch.no_grad():
         probabilities = torch.stack([exact_logps(model, p).exp() for p in PROMPTS])
     dlogps = torch.stack([amft.logp_sensitivity(model, theta, tangent, sequences(p)) for p in PROMPTS])
@@ -256,7 +256,7 @@ def test_published_settings_leave_mu_to_the_entropy_term(tokenizer):
     model, _ = amft.load_policy(config, task)
     theta = amft.flatten(model)
     state = amft.State(theta, amft.AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0), mu=0.5)
-    config.prompts, config.samples, config.meta_prompts = 16, 8, 16
+    config.samples, config.meta_prompts = 8, 16
 
     def demos():
         return amft.encode_demos(model, tokenizer, [task.sample("train", rng) for _ in range(16)])
@@ -534,6 +534,213 @@ def test_gradients_do_not_depend_on_micro_batches_and_silent_groups_add_nothing(
         torch.testing.assert_close(amft.sft_gradient(model, demos, config)[0], expected_sft, rtol=1e-3, atol=2e-6)
 
 
+# --- the rules ------------------------------------------------------------------------------------------------------
+
+METHODS = sorted(amft.METHODS)
+
+
+def published(method, logp, p, A, H, G):
+    """A demonstration's loss (B, T) as its paper prints it, with autograd through all but what is said to be constant."""
+    return {"dft": lambda: -p.detach() * logp, "chord": lambda: -(p * (1 - p)).detach() * logp,
+            "luffy": lambda: -A * p / (p + 0.1), "srft": lambda: -0.5 * math.exp(-H) * logp - A * p,
+            "dyme": lambda: -logp / G}.get(method, lambda: -logp)()
+
+
+def demo_advantage(success):
+    """Of a demonstration that joins its prompt's samples and is correct; population std. (P, G) -> (P,)"""
+    union = [[*row, 1.0] for row in success.tolist()]
+    return torch.tensor([0.0 if np.std(u) < 1e-6 else (1 - np.mean(u)) / np.std(u) for u in union])
+
+
+def expected_mixture(method, model, rollouts, demos, config):
+    """Gradient of the method's first mixed step, prompt by prompt and row by row, in whole-batch denominators."""
+    success, H, P, G = rollouts.success, rollouts.entropy, *rollouts.success.shape
+    k = success.sum(1)
+    gate = {"superrl": (k == 0), "dyme": (k == 0), "hpt": k <= config.gate * G}.get(method)
+    mu = {"fixed": 0.5, "gac": 0.5, "amft": 0.5, "chord": 0.1, "cosine": 0.9, "luffy": 1 / (G + 1), "srft": 0.5}.get(method, 0)
+    mu = gate.float() if gate is not None else torch.full((P,), float(mu))
+    if method == "srft":
+        A = torch.where(success == 1, 0.1 * math.exp(H), -1.0)
+    else:
+        union = torch.cat([success, torch.ones(P, 1)], 1) if method == "luffy" else success
+        std = union.std(1, keepdim=True, correction=0)
+        A = torch.where(std > 0, (success - union.mean(1, keepdim=True)) / std.clamp(min=1e-9), 0.0)
+    loss, total = 0.0, rollouts.batch.mask.sum()
+    for i, weight in enumerate((1 - mu).repeat_interleave(G).tolist()):
+        row = rollouts.batch[[i]]
+        loss = loss - weight * A.reshape(-1)[i] * (amft.logps_of(model, row) * row.mask).sum() / total
+    if demos is not None:
+        share = mu if len(demos) == P else mu[:1].expand(len(demos))
+        for i, (weight, a) in enumerate(zip(share.tolist(), demo_advantage(success).tolist() if len(demos) == P
+                                            else [None] * len(demos))):
+            row = demos[[i]]
+            logp = amft.logps_of(model, row)
+            loss = loss + weight * (published(method, logp, logp.exp(), a, H, G) * row.mask).sum() / demos.mask.sum()
+    return flat_grad(loss, model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_of_every_method_is_the_gradient_of_its_published_loss(method, tiny, tmp_path, monkeypatch):
+    """Through train(): gates, coefficients, stop-gradients, advantages and the one normalisation at once."""
+    monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: "correct" if len(text) % 3 == 0 else "no_answer")
+    seen = dict(rollout=[], encode_demos=[], adamw_step=[])
+    for name in seen:
+        def spy(*a, true=getattr(amft, name), name=name, **k):
+            seen[name].append(a if name == "adamw_step" else true(*a, **k))
+            return true(*a, **k) if name == "adamw_step" else seen[name][-1]
+        monkeypatch.setattr(amft, name, spy)
+    monkeypatch.setattr(amft, "evaluate", lambda *a: dict(split="val", n=1, success=0.0, low=0.0, high=1.0, outcomes={}))
+    tiny_run(tiny, tmp_path / "run", "--method", method, "--warmup", "0", "--steps", "3", "--advantage", "group",
+             "--prompts", "6", "--switch", "0", "--gate", "0.5", "--sft-batch", "9", "--meta-every", "3",
+             "--meta-prompts", "2")
+    config = amft.Config(**{k: v for k, v in read(tmp_path / "run")[0].items()
+                            if k in {f.name for f in amft.dataclasses.fields(amft.Config)}})
+    model = amft.load_policy(config, tasks.GeneralPoints())[0]
+    step = 0
+    if method in ("sft", "dft", "sasr"):  # SASR knows no gradient norm yet: it starts with SFT
+        demos = seen["encode_demos"][0]
+        logp = amft.logps_of(model, demos)
+        expected = flat_grad((published(method, logp, logp.exp(), None, None, None) * demos.mask).sum() / demos.mask.sum(),
+                             model)
+    else:
+        rollouts = seen["rollout"][0]
+        assert 0 < rollouts.success.sum() < rollouts.success.numel() and len(set(rollouts.success.sum(1).tolist())) > 1
+        demos = None if method in ("rl", "sft-rl", "relift") else seen["encode_demos"][0]
+        assert demos is None or len(demos) == (6 if amft.METHODS[method].shown is amft.own else 9)
+        expected = expected_mixture(method, model, rollouts, demos, config)
+    actual = seen["adamw_step"][step][1]
+    assert expected.norm() > 0
+    torch.testing.assert_close(actual, expected, rtol=2e-3, atol=1e-5 * expected.norm().item())
+    if method in ("dft", "chord"):  # the stop-gradient matters here: the test would see it gone
+        gradients = []
+        for logp in (amft.logps_of(model, demos) for _ in range(2)):
+            p = logp.exp() if gradients else logp.exp().detach()
+            loss = -(p if method == "dft" else p * (1 - p)) * logp
+            gradients.append(flat_grad((loss * demos.mask).sum() / demos.mask.sum(), model))
+        assert (gradients[1] - gradients[0]).norm() > 0.2 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_budget_and_batches_without_signal(method, tiny, tmp_path, monkeypatch):
+    """steps x P x G responses whatever the method, the controller's included; nothing is NaN where no prompt, or every
+    prompt, needs a demonstration."""
+    monkeypatch.setattr(amft, "evaluate", lambda *a: dict(split="val", n=1, success=0.0, low=0.0, high=1.0, outcomes={}))
+    for outcome in ("correct", "no_answer"):
+        monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: outcome)
+        rows = tiny_run(tiny, tmp_path / outcome, "--method", method, "--steps", "8", "--prompts", "7", "--sft-batch",
+                        "10", "--advantage", "group", "--meta-every", "3")
+        steps = [row for row in rows if row["kind"] == "step"]
+        budget = 0 if method in ("sft", "dft") else 8 * 7 * 4
+        assert len(steps) == 8 and rows[-1]["rollouts"] == budget or method == "sasr" and rows[-1]["rollouts"] <= budget
+        assert all(math.isfinite(row[key]) for row in steps for key in row if isinstance(row[key], float))
+        if outcome == "correct" and method in ("superrl", "hpt", "dyme", "rl", "sft-rl"):
+            assert all(row["demos"] == 0 and row["grad_norm"] == 0 for row in steps if row["entropy"] is not None)
+
+
+def seen_by(method="amft", success=None, **fields):
+    config = amft.Config(method=method, samples=8, sft_batch=2, **fields.pop("config", {}))
+    state = amft.State(torch.zeros(1), amft.AdamState(torch.zeros(1), torch.zeros(1), 0), config.mu)
+    return amft.Seen(config, state, **{"step": 1, "rng": random.Random(SEED), "success": success, **fields})
+
+
+def test_gates_on_every_number_of_correct_samples():
+    success = torch.tensor([[1.0] * k + [0.0] * (8 - k) for k in range(9)])
+    none, few = [1.0] + [0.0] * 8, [1.0, 1, 1, 0, 0, 0, 0, 0, 0]
+    for method, gate, expected in (("superrl", 0.0, none), ("dyme", 0.0, none), ("hpt", 0.0, none), ("hpt", 0.25, few),
+                                   ("hpt", 1.0, [1.0] * 9)):
+        assert amft.METHODS[method].mu(seen_by(method, success, config=dict(gate=gate))).tolist() == expected
+    advantages, of_demo = amft.union_advantages(success)
+    for k in range(9):
+        group = [1.0] * k + [0.0] * (8 - k) + [1.0]
+        spread = np.std(group) or 1.0
+        expected = (np.array(group) - np.mean(group)) / spread
+        assert [*advantages[k].tolist(), of_demo[k].item()] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert of_demo[8] == 0 and of_demo[0] == of_demo.max()  # a soft gate of its own
+    weights = amft.srft_advantages(seen_by("srft", success, entropy=0.3))[0]
+    for k in range(9):
+        assert weights[k].tolist() == pytest.approx([0.1 * math.exp(0.3)] * k + [-1.0] * (8 - k))
+
+
+def test_relift_buffers_what_no_sample_solved():
+    """Newest first; an SFT step when the buffer can fill one, which takes from it; nothing else does."""
+    s = seen_by("relift")
+    rule = amft.METHODS["relift"]
+    for problems, k, buffer in (((5, 6), (0, 1), [5]), ((7,), (8,), [5]), ((8, 9), (0, 0), [8, 9, 5])):
+        assert not rule.alone(s)
+        s.problems, s.success, s.step = problems, torch.tensor([[1.0] * n + [0.0] * (8 - n) for n in k]), 11
+        rule.learn(s)
+        assert s.memory["buffer"] == buffer
+    s.success = None
+    assert rule.alone(s) and rule.shown(s) == [8, 9]
+    rule.learn(s)
+    assert s.memory["buffer"] == [5] and not rule.alone(s)
+
+
+def test_rules_for_one_mu_by_hand():
+    assert [amft.cosine(x, 0.9, 0.1) for x in (0, 0.5, 1)] == pytest.approx([0.9, 0.5, 0.1])
+    assert amft.cosine(1 / 3, 0.9, 0.1) == pytest.approx(0.1 + 0.8 * 0.75)
+    mus = [amft.METHODS["cosine"].mu(seen_by("cosine", step=step, config=dict(warmup=2, steps=7))) for step in (3, 5, 7)]
+    assert mus == pytest.approx([0.95, 0.5, 0.05])
+    switch = [amft.METHODS["sft-rl"].alone(seen_by(step=step, config=dict(steps=10, switch=0.3))) for step in (1, 3, 4, 10)]
+    assert switch == [True, True, False, False]
+    # GAC: (0.5 * 2 + 1) / (2 + 3 + 1) = 1/3; half way to 1/2: 5/12.
+    assert amft.gac_mu(0.4, 2.0, 3.0, 1.0, most=1.0) == pytest.approx(5 / 12)
+    assert amft.gac_mu(0.4, 2.0, 3.0, 1.0, most=0.01) == pytest.approx(0.41)
+    assert amft.gac_mu(0.9, 2.0, 3.0, 1.0, most=0.01) == pytest.approx(0.89)
+    grid = torch.linspace(0, 1, 100001, dtype=torch.float64)
+    errors = (grid - 0.5) ** 2 * 2 + grid ** 2 * 3 + (1 - grid) ** 2
+    assert grid[errors.argmin()].item() == pytest.approx(1 / 3, abs=1e-4)  # what the closed form minimises
+
+
+def test_gac_follows_its_three_proxies():
+    s = seen_by("gac", torch.zeros(1, 8), step=10, config=dict(warmup=5, meta_every=5, eta_mu=1.0, evidence_decay=0.5))
+    s.advantages, s.nll = torch.tensor([2.0, 0.0, -2.0, 0.0]), torch.tensor([9.0, 1, 3, 1, 3, 1, 3, 1, 3, -9.0])
+    s.memory["proxies"] = [1.0, 3.0, 0.0]
+    amft.METHODS["gac"].learn(s)
+    # now: mean (1 - A)^2 = (1 + 1 + 9 + 1) / 4 = 3; variance of 1, 3 without the extremes = 1; variance of A = 2
+    assert s.memory["proxies"] == pytest.approx([2.0, 2.0, 1.0])
+    assert s.state.mu == pytest.approx(((0.5 * 2 + 1) / 5 + 0.5) / 2)
+    s.step, before = 11, s.state.mu
+    amft.METHODS["gac"].learn(s)
+    assert s.state.mu == before  # between the K steps only the proxies move
+
+
+def test_sasr_by_hand():
+    """p = G_last / (G_last + gamma G_warm); norms are learned from SFT steps alone, G_warm in the warm-up alone."""
+    s, rule = seen_by("sasr", config=dict(sasr=2.0)), amft.METHODS["sasr"]
+    assert rule.alone(s)  # nothing is known yet
+    for step, norm, success, memory in ((9, 4.0, None, (4.0, 4.0)), (10, 3.0, None, (3.0, 3.0)), (11, 1.0, None, (1.0, 3.0)),
+                                        (12, 7.0, torch.zeros(1, 8), (1.0, 3.0))):
+        s.step, s.sft_norm, s.success = step, norm, success
+        rule.learn(s)
+        assert (s.memory["last"], s.memory["warm"]) == memory
+    share = np.mean([rule.alone(s) for _ in range(20000)])
+    assert share == pytest.approx(1 / (1 + 2 * 3), abs=0.01)
+
+
+def test_sensitivity_with_a_trace_is_the_derivative_in_a_mu_that_was_larger_all_along():
+    """Float64 central differences through torch's own clipping and AdamW, gradients held fixed."""
+    generator, N, trace, h = torch.Generator().manual_seed(SEED), 20, 0.7, 1e-5
+    grads = torch.randn(6, 2, N, generator=generator, dtype=torch.float64)
+
+    def final(shift):
+        theta = torch.nn.Parameter(torch.ones(N, dtype=torch.float64))
+        optimizer = torch.optim.AdamW([theta], lr=0.05, weight_decay=0.0)
+        for i, (g_rl, g_sft) in enumerate(grads):
+            mu = 0.4 + shift * trace ** (len(grads) - 1 - i)
+            theta.grad = (1 - mu) * g_rl + mu * g_sft
+            torch.nn.utils.clip_grad_norm_([theta], 2.0)
+            optimizer.step()
+        return theta.detach()
+    theta, last = torch.ones(N, dtype=torch.float64), None
+    state = amft.AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
+    for g_rl, g_sft in grads:
+        how = dict(lr=0.05, max_norm=2.0)
+        last = amft.step_sensitivity(theta, g_rl, g_sft, 0.4, state, last, trace, **how)
+        theta, state = amft.adamw_step(theta, 0.6 * g_rl + 0.4 * g_sft, state, **how)
+    torch.testing.assert_close(last[0], (final(h) - final(-h)) / (2 * h), rtol=1e-5, atol=1e-7)
+
+
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
@@ -588,11 +795,12 @@ def test_same_seed_same_log_and_every_key_is_there(tiny, tmp_path):
             assert 0 <= row["low"] <= row["success"] <= row["high"] <= 1
     assert {"seed", "lr", "torch", "transformers", "device", "commit"} <= set(first[0])
     last = [row for row in first if row["kind"] == "step"][-1]
-    # 6 mixed steps of 8 x 4, and meta-gradients of 8 x 4 at mixed steps 2, 4 and 6 (every 2).
-    assert last["rollouts"] == 6 * 32 + 3 * 32
+    assert last["rollouts"] == 9 * 8 * 4  # the whole budget, the three meta-gradients' 3 x 8 x 4 included
 
 
-@pytest.mark.parametrize("flags", [["--advantage", "group"], ["--ppo-epochs", "2", "--trace", "0.9"]])
+@pytest.mark.parametrize("flags", [
+    ["--advantage", "group"], ["--ppo-epochs", "2", "--trace", "0.9", "--meta-on", "both", "--keep-best", "--val-every", "2"],
+    ["--method", "relift", "--sft-batch", "4"], ["--method", "gac"]])
 def test_killed_run_goes_on_bit_for_bit(tiny, tmp_path, flags):
     tiny_run(tiny, tmp_path / "unbroken", *flags)
     command = [sys.executable, amft.__file__, "--task", "gp", "--smoke", "--model", tiny, "--out",
@@ -642,7 +850,9 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tiny, tmp_path, capsys):
     for argv, says in (
             (["--tsk", "gp"], "--tsk"), (["--task", "go"], "'go'"), (["--steps", "-1"], "--steps -1"),
             (["--samples", "1"], "--samples 1"), (["--mu", "1.5"], "--mu 1.5"), (["--mu", "nan"], "--mu nan"),
-            (["--mu", "1"], "--mu-max"), (["--lr", "0"], "--lr 0"), (["--steps", "many"], "'many'"),
+            (["--mu", "1"], "--mu-max"), (["--method", "gap"], "'gap'"),
+            (["--method", "chord", "--meta"], "--method chord: must be amft"), (["--warmup", "101"], "--warmup 101"),
+            (["--meta-prompts", "900"], "--meta-prompts 900"), (["--keep-best"], "--val-every 0"), (["--lr", "0"], "--lr 0"), (["--steps", "many"], "'many'"),
             (["--out", str(tmp_path / "taken")], "already holds a run"),
             (["--model", str(tmp_path / "empty")], "not a checkpoint"),
             (["--model", str(tmp_path / "corrupt")], "not a checkpoint"), (["--model", "no/such"], "not a checkpoint"),
@@ -696,7 +906,7 @@ def test_amft_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "ROLES", {m: role if role != "train" or m in few else "unused"
                                          for m, role in tasks.ROLES.items()})
     monkeypatch.setattr(tasks.GeneralPoints, "splits", {"id": "these 12"})
-    amft.main(["--task", "gp", "--warmup", "25", "--steps", "5", "--prompts", "8", "--meta-prompts", "8", "--lr",
+    amft.main(["--task", "gp", "--warmup", "25", "--steps", "30", "--prompts", "8", "--meta-prompts", "8", "--lr",
                "1e-3", "--eval-n", "200", "--demos", "1000", "--out", str(tmp_path / "run"), "--device", "cpu"])
     success = [row["success"] for row in read(tmp_path / "run") if row["kind"] == "eval"]
     assert success[0] < 0.5 and success[-1] > max(0.5, success[0] + 0.2), success
@@ -1054,7 +1264,7 @@ def tiny_eyes(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_every_task_runs(name, tiny, tiny_eyes, tmp_path, capsys):
     rows = tiny_run(tiny_eyes if name.endswith("-vl") else tiny, tmp_path / name, "--task", name, "--max-new-tokens",
-                    "90" if name == "math" else "40", "--prompts", "4", "--steps", "2", "--warmup", "1")
+                    "90" if name == "math" else "40", "--prompts", "4", "--steps", "3", "--warmup", "1", "--meta-prompts", "2")
     evals, kinds = [row for row in rows if row["kind"] == "eval"], Counter(row["kind"] for row in rows)
     splits = set(tasks.TASKS[name].splits)
     assert kinds == {"config": 1, "step": 3, "eval": 3 * len(splits), "final": 1} and "val" in splits
@@ -1105,7 +1315,7 @@ def test_meta_gradient_of_a_policy_with_eyes_against_finite_differences(tiny_eye
         with torch.no_grad():
             return utility(torch_step(model, (1 - mu) * g_rl + mu * g_sft, state, **how)).item()
     expected = (8 * (after(mu + h) - after(mu - h)) - (after(mu + 2 * h) - after(mu - 2 * h))) / (12 * h)
-    tangent = amft.step_sensitivity(theta, g_rl, g_sft, mu, state, **how)
+    tangent = amft.step_sensitivity(theta, g_rl, g_sft, mu, state, **how)[0]
     stepped, _ = amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, **how)
     vector_to_parameters(stepped.clone(), model.parameters())
     actual = 0.0
