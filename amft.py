@@ -135,8 +135,8 @@ class Config:
     eval_n: int = flag(1000, "reporting", "greedy samples of each split", 1)
     val_every: int = flag(0, "reporting", "evaluate on val every so many steps; 0: never", 0)
     keep_best: bool = flag(False, "reporting", "evaluate also the policy that was best in these, as early stopping would")
-    evals: str = flag("all", "reporting", "evaluate before, after the warm-up and at the end, or at the end alone",
-                      choices=("all", "last"))
+    evals: str = flag("all", "reporting", "all: evaluate before, after the warm-up and at the end; last: at the end; val: at "
+                      "the end, and on val alone, as a search should", choices=("all", "last", "val"))
     save_every: int = flag(25, "reporting", "steps between states that --resume can go on from", 1)
     sample_every: int = flag(50, "reporting", "mixed steps between printed samples", 1)
     smoke: bool = flag(False, "reporting", "a very short run: a few steps, small batches and evaluations")
@@ -958,19 +958,21 @@ def train(config, out):
         run.log_step(row, rollouts, state, tokenizer, config)
         if step == config.warmup and config.evals == "all":
             run.report(step, model, tokenizer, task, config)
-        elif config.val_every and (step % config.val_every == 0 or step == last):
-            success = run.report(step, model, tokenizer, task, config, ["val"])
-            if config.keep_best and success > state.best[0]:
+        elif config.val_every and step % config.val_every == 0 and step < last:
+            success = run.report(step, model, tokenizer, task, config, ["val"])["val"]
+            if success > state.best[0]:
                 state.best = success, step, state.theta
         if step % config.save_every == 0 or step == last:
             run.save(state, phi, phi_optimizer)
 
-    run.report(last, model, tokenizer, task, config)
+    splits = ["val"] if config.evals == "val" else None
+    success = run.report(last, model, tokenizer, task, config, splits)["val"]
     model.save_pretrained(out / "final")
     tokenizer.save_pretrained(out / "final")
     if config.keep_best:
+        state.best = max(state.best, (success, last, state.theta), key=lambda best: best[0])
         vector_to_parameters(state.best[2], model.parameters())
-        run.report(state.best[1], model, tokenizer, task, config, best=True)
+        run.report(state.best[1], model, tokenizer, task, config, splits, best=True)
     run.finish(state, config)
     return run
 
@@ -1060,11 +1062,13 @@ class Run:
             tqdm.write(f"\n{re.sub(f'({IMAGE})+', IMAGE, text)}\n-> {', '.join(rollouts.episodes[0].history)}\n")
 
     def report(self, step, model, tokenizer, task, config, splits=None, best=False):
-        """Evaluate on these splits, or on all; returns the last one's success."""
+        """Evaluate on these splits, or on all -> {split: success}."""
+        success = {}
         for split in tqdm(splits or task.splits, desc="evaluation", leave=False):
             row = evaluate(model, tokenizer, task, split, config.eval_n, config.max_new_tokens)
             self.write("eval", step=step, whole=splits is None, best=best, **row)
-        return row["success"]
+            success[split] = row["success"]
+        return success
 
     def finish(self, state, config):
         self.write("final", step=state.step, mu=state.mu, rollouts=state.rollouts, seconds=round(state.seconds, 1))
@@ -1085,7 +1089,7 @@ MEASURES = {"success": "success", "first_try": "success without a failed attempt
 def print_table(columns):
     """Greedy success in percent with its 95% interval; columns: {heading: [eval row of each split]}."""
     for name, title in MEASURES.items():
-        if not all(name in row for rows in columns.values() for row in rows):
+        if not columns or not all(name in row for rows in columns.values() for row in rows):
             continue
         print(f"\n{title + ', %':35}" + "".join(f"{heading:>22}" for heading in columns))
         for rows in zip(*columns.values()):

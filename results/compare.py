@@ -1,0 +1,408 @@
+"""Every method of amft.py on General Points, compared fairly: a search on val, the matrix of runs, tables and figures.
+
+    python results/compare.py              # what is missing: the search, then the matrix; then tables and figures
+    python results/compare.py --tables     # tables and figures from the logs alone (figures need matplotlib)
+    python results/compare.py --seeds 2    # fewer seeds; more can be added later
+
+All runs have the same optimiser steps and, but for SFT, the same number of sampled responses (SETTINGS; amft.py shares the
+budget out). SEARCH gives each method four settings, tried on one seed that no other run has and judged by success on val;
+the best is what the matrix runs. Nothing else is chosen by hand. Seeds are paired: a seed is the same training problems for
+every method. Finished runs are skipped, runs that were cut off are resumed, `--processes` run at a time with a thread each.
+Logs go to results/compare/NAME-SEED/ and results/search/METHOD-NUMBER/, tables to results/compare.md, figures beside it.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+SETTINGS = ["--task", "gp", "--model", "base/early", "--steps", "50", "--prompts", "8", "--samples", "8", "--meta-prompts",
+            "8", "--sft-batch", "32", "--meta-every", "5", "--advantage", "group", "--lr", "1e-4", "--eval-n", "250", "--evals", "last",
+            "--save-every", "50", "--sample-every", "1000"]
+SEARCH_SEED = 100
+HIGH, LOW = ["--lr", "1e-4"], ["--lr", "3e-5"]
+RATES = [["--lr", lr] for lr in ("1e-5", "3e-5", "1e-4", "3e-4")]  # for methods with nothing else to set
+
+
+def with_rates(flag, *values):
+    return [[*rate, flag, value] for rate in (HIGH, LOW) for value in values]
+
+
+SEARCH = {
+    "sft": RATES, "dft": RATES, "rl": RATES, "superrl": RATES, "dyme": RATES, "srft": RATES,
+    "sft-rl": with_rates("--switch", "0.25", "0.5"),
+    "fixed": with_rates("--mu", "0.3", "0.7"),
+    "cosine": with_rates("--mu-max", "0.9", "0.5"),
+    "chord": with_rates("--mu", "0.1", "0.5"),
+    "sasr": with_rates("--sasr", "0.3", "1"),
+    "gac": with_rates("--eta-mu", "0.01", "0.05"),
+    "hpt": with_rates("--gate", "0.125", "0.25"),  # 0 is superrl
+    "relift": with_rates("--sft-batch", "8", "16"),
+    "luffy": with_rates("--shape", "0.1", "0.3"),
+    "amft": with_rates("--eta-mu", "0.05", "0.15"),
+}
+ABLATIONS = {"without meta-gradient": ["--no-meta"], "without entropy": ["--no-entropy"], "without warm-up": ["--warmup", "0"],
+             "entropy sign of the text": ["--entropy-sign", "text"], "controller of the paper": ["--controller", "paper"]}
+MUS = ("0.1", "0.3", "0.5", "0.7", "0.9")
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t
+OOD = ("ood_rule", "ood_small")
+REACH = (0.1, 0.15)  # success rates on val of table (c)
+
+
+def log_of(folder):
+    log = folder / "metrics.jsonl"
+    return [json.loads(line) for line in log.read_text().split("\n")[:-1]] if log.exists() else []
+
+
+def finished(folder):
+    return any(row["kind"] == "final" for row in log_of(folder))
+
+
+def trial(method, number):
+    return HERE / "search" / f"{method}-{number}"
+
+
+def cell(name, seed):
+    return HERE / "compare" / f"{name.replace(' ', '-')}-{seed}"
+
+
+def final_val(folder):
+    return [row for row in log_of(folder) if row["kind"] == "eval" and row["split"] == "val"][-1]["success"]
+
+
+def chosen(method):
+    """The flags that were best on val in the search; the first of equals."""
+    return SEARCH[method][max(range(4), key=lambda number: final_val(trial(method, number)))]
+
+
+def rows_of_the_matrix():
+    """{name: flags beside SETTINGS}."""
+    rows = {method: ["--method", method, *chosen(method)] for method in SEARCH}
+    rows["sft"] += ["--keep-best"]
+    rows |= {f"amft {name}": [*rows["amft"], *flags] for name, flags in ABLATIONS.items()}
+    fixed = rows["fixed"]
+    rows |= {f"fixed {mu}": [*fixed[:-1], mu] for mu in MUS if [*fixed[:-1], mu] != fixed}
+    return rows
+
+
+def clocked():
+    """SFT with as many steps as fit into the time of AMFT's run, by the seconds that the first seed's logs have."""
+    def seconds(name):  # of a step, without evaluations: the median, and for AMFT its meta-gradients' share
+        times = [row["seconds"] for row in log_of(cell(name, 0)) if row["kind"] == "step"]
+        gaps = sorted(b - a for a, b in zip(times, times[1:]))
+        return statistics.mean(gaps[:int(0.9 * len(gaps))])  # the longest tenth holds the evaluations
+    steps = round(50 * seconds("amft") / seconds("sft"))
+    return ["--method", "sft", *chosen("sft"), "--keep-best", "--steps", str(steps), "--val-every", "10"]
+
+
+def initialise():
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    torch.set_num_threads(1)
+
+
+def run(folder, flags):
+    """One run, in a worker; what it prints goes to a file beside its log."""
+    import amft
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(HERE.parent)
+    out = str(folder.relative_to(HERE.parent))
+    where = ["--resume", out] if (folder / "metrics.jsonl").exists() else [*flags, "--out", out]
+    screen = sys.stdout, sys.stderr
+    with open(folder / "output.txt", "a") as file:
+        sys.stdout = sys.stderr = file
+        try:
+            amft.main(where)
+        except SystemExit as stop:
+            return f"{out}: exit code {stop.code}, see output.txt"
+        finally:
+            sys.stdout, sys.stderr = screen
+    shutil.rmtree(folder / "final")
+    (folder / "state.pt").unlink()
+
+
+def run_all(jobs, processes, what):
+    jobs = [(folder, flags) for folder, flags in jobs if not finished(folder)]
+    if not jobs:
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initialise) as pool:
+        futures = [pool.submit(run, *job) for job in jobs]
+        for future in tqdm(as_completed(futures), total=len(futures), desc=what):
+            if future.result():
+                tqdm.write(future.result())
+
+
+def interval(values):
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    return f"{mean:.1f} ± {T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)):.1f}"
+
+
+class Logs:
+    """All finished runs of the matrix: {(name, seed): rows}."""
+
+    def __init__(self):
+        self.runs = {}
+        for folder in sorted((HERE / "compare").iterdir()):
+            name, seed = folder.name.rsplit("-", 1)
+            if finished(folder):
+                self.runs[name, int(seed)] = log_of(folder)
+        self.names = list(dict.fromkeys(name for name, _ in self.runs))
+        # The search may have picked a mu of the sweep, which then is not run twice.
+        fixed = self.of("fixed", "config")[0]["mu"] if "fixed" in self.names else None
+        self.sweep = {mu: "fixed" if float(mu) == fixed else f"fixed-{mu}" for mu in MUS}
+        self.splits = list(dict.fromkeys(row["split"] for row in self.of("sft", "eval")))
+
+    def seeds(self, name):
+        return [seed for other, seed in self.runs if other == name]
+
+    def of(self, name, kind, seed=None):
+        seed = self.seeds(name)[0] if seed is None else seed
+        return [row for row in self.runs[name, seed] if row["kind"] == kind]
+
+    def success(self, name, seed, split, best=False):
+        rows = [row for row in self.of(name, "eval", seed) if row["whole"] and row["best"] == best and row["split"] == split]
+        return 100 * rows[-1]["success"]
+
+    def ood(self, name, seed):
+        return statistics.mean(self.success(name, seed, split) for split in OOD)
+
+
+def markdown(header, lines):
+    return ["", "| " + " | ".join(header) + " |", "|---" * len(header) + "|", *("| " + " | ".join(line) + " |" for line in lines)]
+
+
+def tables(logs):
+    main = [name for name in SEARCH if name in logs.names]
+    columns = {name: (name, False) for name in main}
+    columns |= {"sft, early stopped": ("sft", True)}
+    if "sft-clocked" in logs.names:
+        columns |= {"sft, same time": ("sft-clocked", False), "sft, same time, early stopped": ("sft-clocked", True)}
+    columns |= {f"fixed, mu = {mu}": (name, False) for mu, name in logs.sweep.items() if name in logs.names and name != "fixed"}
+    config = logs.of("amft", "config")[0]
+    commits = sorted({logs.of(name, "config", seed)[0]["commit"][:12] for name, seed in logs.runs})
+    base = {row["split"]: row for row in logs.of("amft", "eval", 0) if row["step"] == 0}
+    text = ["# Every method on General Points", "", "Made by `python results/compare.py` from the logs in `compare/` and `search/`; "
+            f"commit {', '.join(f'`{c}`' for c in commits)}, torch {config['torch']}. Every run: `{' '.join(SETTINGS)}`, that is "
+            f"{config['steps']} optimiser steps and {config['steps'] * config['prompts'] * config['samples']} responses, and the "
+            f"flags below. Greedy success in percent, n = {config['eval_n']} a split; mean over seeds and half-width of its 95% "
+            "t-interval. Base: 95% interval of the one policy over its deals.", "", "## (a) Success"]
+    lines = [["base", "-", *("{:.1f} [{:.0f}, {:.0f}]".format(*(100 * base[s][k] for k in ("success", "low", "high")))
+                             for s in logs.splits)]] if base else []
+    for title, (name, best) in columns.items():
+        seeds = logs.seeds(name)
+        lines.append([title, str(len(seeds)), *(interval([logs.success(name, seed, split, best) for seed in seeds])
+                                                for split in logs.splits)])
+    text += markdown(["method", "seeds", *logs.splits], lines)
+    text += ["", "Paired difference from AMFT, points; bold where the interval does not hold 0 (one in twenty would by chance):"]
+
+    def differences(name, best=False, against="amft"):
+        seeds = sorted(set(logs.seeds(name)) & set(logs.seeds(against)))
+        cells = []
+        for split in logs.splits:
+            values = [logs.success(name, seed, split, best) - logs.success(against, seed, split) for seed in seeds]
+            words = interval(values)
+            half = float(words.split("±")[1]) if "±" in words else math.inf
+            cells.append(f"**{words}**" if abs(statistics.mean(values)) > half else words)
+        return cells
+    text += markdown(["method", *logs.splits], [[title, *differences(*column)] for title, column in columns.items()
+                                                if column != ("amft", False)])
+    text += ["", "## (b) The ablations of the paper's Table 4", "", "Success, and the paired difference from the full AMFT "
+             "(paper, General Points in distribution / out: full 61.3 / 63.3 on average; the order it claims is full, without "
+             "meta-gradient, without warm-up, without entropy)."]
+    names = ["amft", *(f"amft-{name.replace(' ', '-')}" for name in ABLATIONS)]
+    names = [name for name in names if name in logs.names]
+    text += markdown(["run", "mu at the end", *logs.splits], [
+        [name.replace("-", " "), interval2([logs.of(name, "final", seed)[0]["mu"] for seed in logs.seeds(name)]),
+         *(interval([logs.success(name, seed, split) for seed in logs.seeds(name)]) for split in logs.splits)] for name in names])
+    text += markdown(["less the full AMFT", *logs.splits], [[name.replace("-", " "), *differences(name)] for name in names[1:]])
+    text += ["", "## (c) Steps and responses to reach a success rate on val", "", "First evaluation (every "
+             f"{config['val_every']} steps) at or above it: median over the seeds that got there, and how many did; - where none."]
+    lines = []
+    for name in main:
+        line = [name]
+        for goal in REACH:
+            hits = []
+            for seed in logs.seeds(name):
+                first = next((row["step"] for row in logs.of(name, "eval", seed) if row["split"] == "val" and row["success"] >= goal
+                              and row["step"]), None)
+                if first:
+                    hits.append((first, logs.of(name, "step", seed)[first - 1]["rollouts"]))
+            many = f"{len(hits)} of {len(logs.seeds(name))}"
+            line += [f"{statistics.median(h[0] for h in hits):.0f} ({many})", f"{statistics.median(h[1] for h in hits):.0f}"] \
+                if hits else ["-", "-"]
+        lines.append(line)
+    text += markdown(["method", *(x for goal in REACH for x in (f"steps to {100 * goal:.0f}%", "responses"))], lines)
+    text += ["", "## What the runs did"]
+    lines = []
+    for name in logs.names:
+        seeds = logs.seeds(name)
+        steps = [row for seed in seeds for row in logs.of(name, "step", seed)]
+        finals = [logs.of(name, "final", seed)[0] for seed in seeds]
+        entropy = [row["entropy"] for seed in seeds for row in logs.of(name, "step", seed)[-10:] if row["entropy"] is not None]
+        lines.append([name, f"{statistics.mean(row['mu'] for row in steps):.2f}", f"{statistics.mean(row['demos'] for row in steps):.1f}",
+                      f"{statistics.mean(f['rollouts'] for f in finals):.0f}", f"{statistics.mean(entropy):.3f}" if entropy else "-",
+                      f"{statistics.mean(f['seconds'] for f in finals):.0f}"])
+    text += markdown(["run", "mean mu", "demonstrations a step", "responses", "entropy, last 10 steps", "seconds, evaluations included"], lines)
+    z = {name: [row["meta_grad"] / row["meta_se"] for seed in logs.seeds(name) for row in logs.of(name, "step", seed)
+                if row["meta_se"]] for name in names}
+    text += ["", "Meta-gradients over their standard errors (z); sign test: probability of so uneven a split of signs by chance."]
+    text += markdown(["run", "estimates", "negative", "sign test p", "mean z", "abs(z) > 2"], [
+        [name.replace("-", " "), str(len(v)), str(sum(x < 0 for x in v)), f"{sign_test(v):.2g}", f"{statistics.mean(v):+.2f}",
+         str(sum(abs(x) > 2 for x in v))] for name, v in z.items() if v])
+    text += ["", "## The search", "", f"Seed {SEARCH_SEED}, success on val in percent after the run; nothing else was evaluated. "
+             "Chosen: the best, the first of equals."]
+    lines = []
+    for method, trials in SEARCH.items():
+        values = [(flags, 100 * final_val(trial(method, i))) for i, flags in enumerate(trials) if finished(trial(method, i))]
+        pick = chosen(method)
+        lines.append([method, *(f"{'**' * (flags == pick)}{' '.join(flags)}: {value:.1f}{'**' * (flags == pick)}"
+                                for flags, value in values)])
+    text += markdown(["method", "", "", "", ""], lines)
+    (HERE / "compare.md").write_text("\n".join(text) + "\n")
+    print("\n".join(text))
+
+
+def interval2(values):
+    return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def sign_test(values):
+    n, k = len(values), min(sum(x < 0 for x in values), sum(x >= 0 for x in values))
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n)
+
+
+def figures(logs):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    main = [name for name in SEARCH if name in logs.names]
+    colours = dict(zip(main, plt.get_cmap("tab20").colors))
+    markers = dict(zip(main, "osD^vP*X<>phd8H1"))
+
+    def mean_curve(name, key):
+        curves = {}
+        for seed in logs.seeds(name):
+            for row in logs.of(name, "step", seed):
+                if row[key] is not None:
+                    curves.setdefault(row["step"], []).append(row[key])
+        return list(curves), [statistics.mean(v) for v in curves.values()]
+
+    figure, axis = plt.subplots(figsize=(8, 6.5), layout="constrained")
+    means = {}
+    for name in main:
+        points = [(logs.success(name, seed, "id"), logs.ood(name, seed)) for seed in logs.seeds(name)]
+        means[name] = tuple(map(statistics.mean, zip(*points)))
+        axis.scatter(*zip(*points), s=18, alpha=0.45, color=colours[name], marker=markers[name])
+        axis.scatter(*means[name], s=90, color=colours[name], marker=markers[name], label=name, edgecolor="black")
+    base = {row["split"]: 100 * row["success"] for row in logs.of("amft", "eval", 0) if row["step"] == 0}
+    axis.scatter(base["id"], statistics.mean(base[s] for s in OOD), s=130, color="black", marker="+", label="base")
+    front = sorted(p for p in means.values() if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in means.values()))
+    axis.plot(*zip(*front), color="grey", linestyle="--", linewidth=1, label="Pareto front of the means", zorder=0)
+    axis.set(xlabel="id: training multisets, greedy success, %", ylabel=f"mean of {' and '.join(OOD)}, %",
+             title="In against out of distribution: a small mark a seed, a large one the mean")
+    axis.legend(fontsize=8, ncols=2)
+    figure.savefig(HERE / "compare-pareto.png", dpi=110)
+
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    for name in main:
+        for axis, key in zip(axes, ("entropy", "success")):
+            x, y = mean_curve(name, key)
+            if x:
+                axis.plot(x, y, color=colours[name], label=name, linewidth=1.2 + (name == "amft"))
+        curve = {}
+        for seed in logs.seeds(name):
+            for row in logs.of(name, "eval", seed):
+                if row["split"] == "val" and not row["best"]:
+                    curve.setdefault(row["step"], []).append(100 * row["success"])
+        curve = {step: v for step, v in curve.items() if len(v) >= len(logs.seeds(name))}
+        axes[2].plot(list(curve), [statistics.mean(v) for v in curve.values()], color=colours[name], marker=".")
+    for axis, title in zip(axes, ("entropy of the rollouts (nats a token)", "share of rollouts correct", "greedy success on val, %")):
+        axis.set(xlabel="step", title=title)
+    axes[0].legend(fontsize=7, ncols=2)
+    figure.savefig(HERE / "compare-curves.png", dpi=110)
+
+    adaptive = [name for name in ("amft", "gac", "sasr", "superrl", "hpt") if name in logs.names]
+    figure, axes = plt.subplots(2, len(adaptive), figsize=(4 * len(adaptive), 6), layout="constrained", sharex=True, squeeze=False)
+    for column, name in zip(axes.T, adaptive):
+        for seed in logs.seeds(name):
+            rows = logs.of(name, "step", seed)
+            column[0].plot([r["step"] for r in rows], [r["mu"] for r in rows], linewidth=1)
+            if name == "amft":
+                for key, style in (("meta_force", "-"), ("entropy_force", ":")):
+                    sums, total = [], 0.0
+                    for row in rows:
+                        total += row[key] or 0.0
+                        sums.append(total)
+                    column[1].plot([r["step"] for r in rows], sums, style, linewidth=1, color=f"C{seed}",
+                                   label=key.replace("_", " ") if not seed else None)
+                column[1].legend(fontsize=8)
+                column[1].set_title("running sums of its two forces", fontsize=9)
+            else:
+                norms = [(r["step"], r["grad_norm_sft"]) for r in rows if r["demos"]]
+                column[1].plot(*zip(*norms), linewidth=1)
+                column[1].set_title("norm of the SFT gradient", fontsize=9)
+        column[0].set(title=f"{name}: mu, a line a seed", ylim=(-0.03, 1.03))
+        column[1].set_xlabel("step")
+    figure.savefig(HERE / "compare-mu.png", dpi=110)
+
+    sweep = {float(mu): name for mu, name in logs.sweep.items() if name in logs.names} | {0.0: "rl", 1.0: "sft"}
+    figure, axes = plt.subplots(1, 4, figsize=(17, 4.2), layout="constrained")
+    for axis, split in zip(axes, ("val", "id", "heldout", "ood_rule")):
+        groups = {mu: [logs.success(name, seed, split) for seed in logs.seeds(name)] for mu, name in sorted(sweep.items())}
+        half = [T95.get(len(v), 0) * statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in groups.values()]
+        axis.errorbar(list(groups), [statistics.mean(v) for v in groups.values()], half, fmt="o-", capsize=3, color="black",
+                      label="fixed mu (0: rl, 1: sft)")
+        own = [logs.success("amft", seed, split) for seed in logs.seeds("amft")]
+        half = T95[len(own)] * statistics.stdev(own) / math.sqrt(len(own)) if len(own) > 1 else 0
+        axis.axhspan(statistics.mean(own) - half, statistics.mean(own) + half, alpha=0.25, color="C0", label="AMFT, 95%")
+        axis.axhline(statistics.mean(own), color="C0")
+        axis.axhline(base[split], color="grey", linestyle=":", label="base")
+        axis.set(title=split, xlabel="mu")
+    axes[0].set_ylabel("greedy success, %")
+    axes[0].legend(fontsize=8)
+    figure.savefig(HERE / "compare-sweep.png", dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="no runs, only tables and figures")
+    parser.add_argument("--search", action="store_true", help="the search alone")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of every row")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, each with one thread")
+    args = parser.parse_args()
+    if not args.tables:
+        jobs = [(trial(method, i), [*SETTINGS, "--method", method, "--seed", str(SEARCH_SEED), "--evals", "val", *flags])
+                for method, trials in SEARCH.items() for i, flags in enumerate(trials)]
+        run_all(jobs, args.processes, "search")
+        if args.search:
+            return
+        jobs = [(cell(name, seed), [*SETTINGS, "--val-every", "10", *flags, "--seed", str(seed),
+                                          *(["--evals", "all"] if (name, seed) == ("amft", 0) else [])])
+                      for seed in range(args.seeds) for name, flags in rows_of_the_matrix().items()]
+        run_all(jobs, args.processes, "matrix")
+        clock = clocked()
+        run_all([(cell("sft clocked", seed), [*SETTINGS, *clock, "--seed", str(seed)]) for seed in range(args.seeds)],
+                args.processes, "sft, same time")
+    logs = Logs()
+    tables(logs)
+    try:
+        figures(logs)
+    except ImportError:
+        print("\nno figures: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    main()
