@@ -1,14 +1,14 @@
 """Is the meta-gradient a signal? How large it is against its noise, for several traces and several ways to estimate it.
 
-    python results/signal.py            # three seeds, about 15 minutes on one core; then the table
-    python results/signal.py --table    # the table from the log alone
+    python results/snr.py            # three seeds, about 15 minutes on one core; then the table
+    python results/snr.py --table    # the table from the log alone
 
 A fixed mixture (mu = 0.5) is trained as AMFT would be. At some of its steps, many conversations are sampled from the stepped
 policy on validation prompts, and dU/dmu is estimated from them for every trace: with so many, the estimate is good enough
 to tell its size from its noise. The noise is quoted for what a run can afford, 32 prompts x 8 samples. Other estimates
 from the same policy: the conversations being on training prompts, which a run samples anyway; and the difference of
 success between theta' shifted half a unit of mu up and down, both sampled with the same random numbers. Log:
-results/signal.jsonl, table: results/signal.md.
+results/snr.jsonl, table: results/snr.md.
 """
 
 import argparse
@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import amft  # noqa: E402
 from compare import SETTINGS  # noqa: E402
 
-LOG = HERE / "signal.jsonl"
+LOG = HERE / "snr.jsonl"
 TRACES = (0.0, 0.5, 0.9, 0.98)
 AT = (12, 25, 40)
 PROMPTS, SAMPLES = 96, 16  # of a measurement
@@ -101,7 +101,7 @@ def study(seed):
 
 def table():
     rows = [json.loads(line) for line in LOG.read_text().splitlines()]
-    lines = ["# Is the meta-gradient a signal?", "", "Made by `python results/signal.py` from `signal.jsonl`: "
+    lines = ["# Is the meta-gradient a signal?", "", "Made by `python results/snr.py` from `snr.jsonl`: "
              f"{len({r['seed'] for r in rows})} seeds, after steps {', '.join(map(str, sorted({r['step'] for r in rows})))} of a "
              f"fixed mixture; {PROMPTS} prompts x {SAMPLES} samples an estimate. Signal: root mean square of dU/dmu, less what "
              "the noise of the estimates adds to it. Noise: standard error of what a run can afford, 256 responses. z: their "
@@ -118,7 +118,7 @@ def table():
             lines.append(f"| {source} | {trace} | {statistics.mean(r['value'] for r in own):+.1e} | "
                          f"{sum(r['value'] < 0 for r in own)} of {len(own)} | {math.sqrt(max(signal, 0)):.1e} | {noise:.1e} | "
                          f"{z:.2f} | {need} |")
-    (HERE / "signal.md").write_text("\n".join(lines) + "\n")
+    (HERE / "snr.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
