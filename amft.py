@@ -123,20 +123,20 @@ class Config:
     eta_h: float = flag(0.5, "controller", "mu's move per step and per nat of entropy away from the target", 0)
     entropy_sign: str = flag("eq6", "controller", "eq6: entropy below target raises mu; text: it lowers mu",
                              choices=("eq6", "text"))
-    meta_every: int = flag(5, "controller", "steps K between meta-gradients", 1)
-    meta_on: str = flag("val", "controller", "whose success a meta-gradient estimates: val, fresh conversations on "
-                        "validation prompts (Eq. 4); train, the step's own, which cost nothing; both",
-                        choices=("val", "train", "both"))
+    meta_every: int = flag(5, "controller", "steps K between conversations on validation prompts", 1)
+    meta_on: str = flag("both", "controller", "whose success a meta-gradient estimates: val, every K steps fresh "
+                        "conversations on validation prompts (Eq. 4); train, at every step its own, which are there "
+                        "anyway; both", choices=("val", "train", "both"))
     meta_prompts: int = flag(32, "controller", "validation prompts in a meta-gradient, G samples each", 2)
     evidence_decay: float = flag(0.9, "controller", "share of old meta-gradients kept at an update", 0, 1)
-    trace: float = flag(0.0, "controller", "share of earlier steps' d theta/d mu, moments included, that is carried on; "
-                        "0: of the last step alone (Eq. 5)", 0, 1)
+    trace: float = flag(0.98, "controller", "share of earlier steps' d theta/d mu, moments included, that is carried "
+                        "on; 0: of the last step alone (Eq. 5)", 0, 1)
 
     eval_n: int = flag(1000, "reporting", "greedy samples of each split", 1)
     val_every: int = flag(0, "reporting", "evaluate on val every so many steps; 0: never", 0)
-    keep_best: bool = flag(False, "reporting", "evaluate also the policy that was best in these, as early stopping would")
-    evals: str = flag("all", "reporting", "all: evaluate before, after the warm-up and at the end; last: at the end; val: at "
-                      "the end, and on val alone, as a search should", choices=("all", "last", "val"))
+    keep_best: bool = flag(False, "reporting", "evaluate also what was best in these, as early stopping would")
+    evals: str = flag("all", "reporting", "all: evaluate before, after the warm-up and at the end; last: at the end; "
+                      "val: at the end, and on val alone, as a search should", choices=("all", "last", "val"))
     save_every: int = flag(25, "reporting", "steps between states that --resume can go on from", 1)
     sample_every: int = flag(50, "reporting", "mixed steps between printed samples", 1)
     smoke: bool = flag(False, "reporting", "a very short run: a few steps, small batches and evaluations")
@@ -551,7 +551,7 @@ def own(s):
 
 
 class Rule(NamedTuple):
-    """One way to mix. Functions of a Seen; `alone` and, where it says yes, `shown` are asked before anything is sampled."""
+    """One way to mix: functions of a Seen. `alone` and, where it says yes, `shown` are asked before any sampling."""
     mu: callable = lambda s: 0.0  # weight of L_SFT, a number or (P,)
     c: callable = lambda s, p, A: 1.0  # coefficient of each demonstration token: p (B, T), its demonstration's A (B, 1)
     A: callable = None  # (advantages of the samples (P, G), of the demonstrations (P,)) in place of --advantage's
@@ -612,8 +612,8 @@ def relift_learn(s):
 
 
 def gac_mu(mu, gap, noise_sft, noise_rl, most):
-    """GAC's closed form: the mu that minimises (mu - a)^2 gap + mu^2 noise_sft + (1 - mu)^2 noise_rl, a = 1/2, drawn half
-    way to the prior 1/2; mu goes there by at most `most`."""
+    """GAC's closed form: the mu that minimises (mu - a)^2 gap + mu^2 noise_sft + (1 - mu)^2 noise_rl, a = 1/2, drawn
+    half way to the prior 1/2; mu goes there by at most `most`."""
     best = (0.5 * gap + noise_rl) / (gap + noise_sft + noise_rl)
     return mu + max(-most, min(most, (best + 0.5) / 2 - mu))
 
@@ -621,9 +621,9 @@ def gac_mu(mu, gap, noise_sft, noise_rl, most):
 def gac_learn(s):
     """Running means of GAC's three proxies; mu follows them every --meta-every steps, by at most --eta-mu.
 
-    noise_rl: variance of the samples' advantages; noise_sft: 10% trimmed variance of the demonstrations' mean -log p; gap:
-    mean squared difference of the coefficients, 1 on demonstrations and A on samples. Published: a memory of 0.99 (here
-    --evidence-decay), every 10 steps by at most 0.01, for runs of hundreds of steps.
+    noise_rl: variance of the samples' advantages; noise_sft: 10% trimmed variance of the demonstrations' mean -log p;
+    gap: mean squared difference of the coefficients, 1 on demonstrations and A on samples. Published: a memory of 0.99
+    (here --evidence-decay), every 10 steps by at most 0.01, for runs of hundreds of steps.
     """
     if s.success is None:
         return
@@ -645,34 +645,37 @@ def amft_mu(s):
 
 
 METHODS.update({
-    # One loss or the other.
+    # One loss or the other. dft: 2508.05629 Eq. 9, -sg(p) log p.
     "sft": Rule(alone=lambda s: True),
-    "dft": Rule(alone=lambda s: True, c=lambda s, p, A: p),  # 2508.05629 Eq. 9: -sg(p) log p, c detached
+    "dft": Rule(alone=lambda s: True, c=lambda s, p, A: p),
     "rl": Rule(),
     "sft-rl": Rule(alone=lambda s: s.step <= s.config.switch * s.config.steps),  # two stages
-    # One mu for the whole loss.
+
+    # One mu for the whole loss. cosine and chord: CHORD's mu and phi, 2508.11408 (its Eqs. 5-6 print no stop-gradient
+    # on phi = p(1 - p), its code has one); sasr: 2505.13026, each step all SFT or all RL; gac: 2605.26184.
     "fixed": Rule(mu=lambda s: s.config.mu, warm=True),
-    "cosine": Rule(mu=lambda s: cosine(s.progress, s.config.mu_max, s.config.mu_min),
-                   defaults=dict(mu_max=0.9)),  # CHORD-mu, 2508.11408: 0.9 -> 0.05
-    "chord": Rule(mu=lambda s: s.config.mu, c=lambda s, p, A: p * (1 - p), defaults=dict(mu=0.1)),  # CHORD-phi; its
-    # Eqs. 5-6 print no stop-gradient, its code detaches, and so must this, or confident tokens would be unlearned
-    "sasr": Rule(alone=sasr_alone, learn=sasr_learn, warm=True),  # 2505.13026: each step all of one
-    "gac": Rule(mu=lambda s: s.state.mu, learn=gac_learn, warm=True, defaults=dict(mu_max=0.9)),  # 2605.26184
-    "amft": Rule(mu=amft_mu, warm=True),  # 2508.06944
-    # A gate on k, how many of a prompt's G samples are correct: mu of each prompt is 0 or 1.
-    "superrl": Rule(mu=lambda s: (s.correct == 0).float(), shown=own),  # 2506.01096
-    "hpt": Rule(mu=lambda s: (s.correct <= s.config.gate * s.config.samples).float(), shown=own),  # 2509.04419; its
-    # equation divides by std, its code does not: here as --advantage says, for every method
-    "dyme": Rule(mu=lambda s: (s.correct == 0).float(), c=lambda s, p, A: 1 / s.config.samples, shown=own),  # 2506.23061:
-    # the demonstration takes one of the G slots, with advantage 1
+    "cosine": Rule(mu=lambda s: cosine(s.progress, s.config.mu_max, s.config.mu_min), defaults=dict(mu_max=0.9)),
+    "chord": Rule(mu=lambda s: s.config.mu, c=lambda s, p, A: p * (1 - p), defaults=dict(mu=0.1)),
+    "sasr": Rule(alone=sasr_alone, learn=sasr_learn, warm=True),
+    "gac": Rule(mu=lambda s: s.state.mu, learn=gac_learn, warm=True, defaults=dict(mu_max=0.9)),
+    "amft": Rule(mu=amft_mu, warm=True),
+
+    # A gate on k, how many of a prompt's G samples are correct. superrl: 2506.01096; hpt: 2509.04419 (its equation
+    # divides advantages by std, its code does not: here as --advantage says, for all); dyme: 2506.23061, the
+    # demonstration takes one of the G slots, with advantage 1; relift: 2506.07527 (there SFT has an Adam of its own).
+    "superrl": Rule(mu=lambda s: (s.correct == 0).float(), shown=own),
+    "hpt": Rule(mu=lambda s: (s.correct <= s.config.gate * s.config.samples).float(), shown=own),
+    "dyme": Rule(mu=lambda s: (s.correct == 0).float(), c=lambda s, p, A: 1 / s.config.samples, shown=own),
     "relift": Rule(alone=lambda s: len(s.memory.get("buffer", ())) >= s.config.sft_batch, shown=relift_shown,
-                   learn=relift_learn, defaults=dict(sft_batch=16)),  # 2506.07527; there with an Adam of its own
-    # A demonstration in each prompt's group, with an advantage as the samples have.
+                   learn=relift_learn, defaults=dict(sft_batch=16)),
+
+    # The demonstration joins its prompt's samples. luffy: 2504.14945, -A p / (p + gamma) with the gradient through p
+    # (samples keep PPO's clip, as its paper prints; its code removes it); mu is the demonstration's share of the union.
+    # srft: 2506.19767 Eqs. 8 and 13, a sum without a mu, so 1/2 each (its code has exp(+H), Eq. 8 has exp(-H)).
     "luffy": Rule(mu=lambda s: 1 / (s.config.samples + 1), A=lambda s: union_advantages(s.success), shown=own,
-                  c=lambda s, p, A: A * s.config.shape * p / (p + s.config.shape) ** 2),  # 2504.14945: -A p/(p + gamma),
-    # the gradient goes through p; PPO's clip stays on samples, as the paper prints (its code: loss_remove_clip)
+                  c=lambda s, p, A: A * s.config.shape * p / (p + s.config.shape) ** 2),
     "srft": Rule(mu=lambda s: 0.5, A=srft_advantages, shown=own,
-                 c=lambda s, p, A: 0.5 * math.exp(-s.entropy) + A * p),  # 2506.19767 Eqs. 8, 13; its code: exp(+entropy)
+                 c=lambda s, p, A: 0.5 * math.exp(-s.entropy) + A * p),
 })
 
 
@@ -826,19 +829,20 @@ def utility_gradient(model, batches, state, config):
     return meta_gradient(torch.cat([rollouts.success for rollouts in batches]), torch.cat(dlogps))
 
 
-def look_ahead(model, tokenizer, task, state, rng, config, rollouts=None):
-    """The meta-gradient of --meta-on: from fresh rollouts on validation prompts, from the step's own, or from both."""
+def looks_ahead(config, step):
+    """Does this step sample conversations on validation prompts? Every K mixed steps; not the first, no step was before."""
+    mixed = step - config.warmup
+    return config.meta and config.meta_on != "train" and mixed > 1 and mixed % config.meta_every == 0
+
+
+def look_ahead(model, tokenizer, task, state, rng, config, rollouts):
+    """The meta-gradient, or None: from fresh conversations on validation prompts if it is time (Eqs. 4-5); from the step's
+    own, which the stepped policy sampled just as well. Differs: the paper has the former alone (--meta-on val)."""
     batches = [rollouts] if config.meta_on != "val" else []
-    if config.meta_on != "train":
+    if looks_ahead(config, state.step + 1):
         batches.append(explore(model, tokenizer, [task.sample("val", rng) for _ in range(config.meta_prompts)], config))
         state.rollouts += len(batches[-1].batch)
-    return utility_gradient(model, batches, state, config)
-
-
-def looks_ahead(config, step):
-    """Is there a meta-gradient at this step? Every K mixed steps, but not at the first: no step came before it."""
-    mixed = step - config.warmup
-    return config.meta and mixed > 1 and mixed % config.meta_every == 0
+    return utility_gradient(model, batches, state, config) if batches else None
 
 
 def prompts_now(config, state, step):
@@ -846,8 +850,7 @@ def prompts_now(config, state, step):
     what the controller will take, spread evenly over the steps to come. A step that samples nothing leaves more to them
     (so only a last step of SFT alone, which is chance in sasr, leaves some unused)."""
     left = config.steps * config.prompts - state.rollouts // config.samples
-    if config.meta_on != "train":
-        left -= config.meta_prompts * sum(looks_ahead(config, later) for later in range(step, config.steps + 1))
+    left -= config.meta_prompts * sum(looks_ahead(config, later) for later in range(step, config.steps + 1))
     return min(max(left // (config.steps - step + 1), 1), config.demos)
 
 
@@ -868,7 +871,7 @@ class State:
 
 
 def train(config, out):
-    """Algorithm 1, and with another --method its rivals. Writes folder `out`, or goes on from the state that lies there."""
+    """Algorithm 1, and with another --method its rivals. Writes folder `out`, or goes on from the state that is there."""
     task, rule = make_task(config), METHODS[config.method]
     model, tokenizer = load_policy(config, task)
     run = Run(out, config)
@@ -906,8 +909,8 @@ def train(config, out):
                 given, A = rule.A(s)
             add_advantages(model, phi, rollouts, config, given)
             s.advantages = rollouts.advantages.sum(1) / rollouts.batch.mask.sum(1)
-            # Eqs. 4-5 every K steps, Eq. 6 at every step; the step below uses the new mu.
-            if looks_ahead(config, step) and state.sensitivity is not None:
+            # Eqs. 4-5, then Eq. 6; the step below uses the new mu.
+            if config.meta and state.sensitivity is not None:
                 s.meta = look_ahead(model, tokenizer, task, state, rng, config, rollouts)
             mu = rule.mu(s)
             row.update(meta_force=s.forces[0], entropy_force=s.forces[1], entropy=rollouts.entropy,
@@ -933,7 +936,7 @@ def train(config, out):
             if rollouts is not None:
                 g_rl, row["rl_loss"], row["value_loss"] = rl_gradient(model, phi, rollouts, config)
             g = w_rl * g_rl + w_sft * g_sft  # the gradient of Eq. 3
-            if config.meta and rollouts is not None and (config.trace or looks_ahead(config, step + 1)):
+            if config.meta and rollouts is not None:
                 state.sensitivity = step_sensitivity(state.theta, g_rl, g_sft, mu, state.adam, state.sensitivity,
                                                      config.trace, **how)
             row.update(grad_norm=g.norm().item(), grad_norm_rl=g_rl.norm().item(), grad_norm_sft=g_sft.norm().item(),
@@ -983,7 +986,8 @@ def train(config, out):
 
 STEP_KEYS = ("step", "mu", "meta_grad", "meta_se", "meta_force", "entropy_force", "entropy", "target_entropy",
              "sft_loss", "rl_loss", "value_loss", "reward", "success", "zero_adv", "implicit_reward", "grad_norm",
-             "grad_norm_rl", "grad_norm_sft", "grad_cos", "demos", "correct", "response_len", "turns", "truncated", "recognition", "rollouts", "seconds")
+             "grad_norm_rl", "grad_norm_sft", "grad_cos", "demos", "correct", "response_len", "turns", "truncated",
+             "recognition", "rollouts", "seconds")
 COLUMNS = dict(step="5d", mu="6.3f", meta_grad="10.2e", meta_se="9.2e", entropy="8.3f", sft_loss="9.4f",
                rl_loss="8.4f", success="8.3f", zero_adv="9.2f", grad_norm="10.3f", grad_cos="9.3f", rollouts="9d",
                seconds="8.1f")
@@ -1193,7 +1197,8 @@ def parse_config(argv):
     rule, learned = METHODS[given.method], given.method == "amft"
     # Flags that are given still win.
     parser.set_defaults(**{**TASKS[given.task].defaults, **(SMOKE if given.smoke else {}), **rule.defaults,
-                           **({} if rule.warm else dict(warmup=0)), **({} if learned else dict(meta=False, entropy=False))})
+                           **({} if rule.warm else dict(warmup=0)),
+                           **({} if learned else dict(meta=False, entropy=False))})
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -1207,8 +1212,8 @@ def check_config(config):
         need(low is None or low <= getattr(config, field.name) <= high, field.name,
              f"at least {low}" if high == math.inf else f"in [{low}, {high}]")
     need(config.warmup <= config.steps, "warmup", f"at most --steps, {config.steps}")
-    need(config.method == "amft" or not (config.meta or config.entropy), "method", "amft, if --meta or --entropy is given")
-    looks = sum(looks_ahead(config, step) for step in range(config.steps + 1)) * (config.meta_on != "train")
+    need(config.method == "amft" or not (config.meta or config.entropy), "method", "amft for --meta or --entropy")
+    looks = sum(looks_ahead(config, step) for step in range(config.steps + 1))
     need(config.steps * (config.prompts - 1) >= looks * config.meta_prompts, "meta_prompts",
          f"less: {looks} meta-gradients would take more than the run's --steps x --prompts, "
          f"{config.steps} x {config.prompts}")

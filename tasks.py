@@ -94,7 +94,7 @@ class Episode:
         return turns
 
 
-SHORT = dict(steps=40, prompts=8, meta_prompts=8, eval_n=300)  # for tasks whose conversations are long
+SHORT = dict(steps=50, prompts=8, meta_prompts=8, eval_n=300)  # for tasks whose conversations are long
 
 
 class Task:
@@ -633,7 +633,7 @@ class VIRL(Task):
         "ood_rule": "as heldout, but actions are relative (left, ...); training has absolute ones (north, ...)",
         "ood_rule_hard": "as ood_rule, and the instruction gives turns in the absolute frame only",
     }
-    defaults = dict(SHORT, steps=30, samples=4, sft_batch=16, demos=2000, eval_n=200)
+    defaults = dict(SHORT, steps=40, samples=4, sft_batch=16, demos=2000, eval_n=200)
 
     def draw(self, split, rng):
         role = split if split in ("train", "val") else "train" if split == "id" else "heldout"

@@ -251,7 +251,7 @@ def test_meta_gradient_is_unbiased_and_its_standard_error_covers():
 
 def test_published_settings_leave_mu_to_the_entropy_term(tokenizer):
     """Policy learning rate 1e-6, eta_mu 1e-4, a meta-gradient every 20 of 500 steps: mu moves by less than 1e-6."""
-    config = amft.Config(controller="paper", eta_mu=1e-4, entropy=False, lr=1e-6, advantage="group", device="cpu")
+    config = amft.Config(controller="paper", eta_mu=1e-4, entropy=False, lr=1e-6, meta_on="val", trace=0.0, advantage="group", device="cpu")
     task, rng = tasks.GeneralPoints(), random.Random(SEED)
     model, _ = amft.load_policy(config, task)
     theta = amft.flatten(model)
@@ -270,7 +270,8 @@ def test_published_settings_leave_mu_to_the_entropy_term(tokenizer):
         theta, state.adam = amft.adamw_step(theta, (g_rl + g_sft) / 2, state.adam, lr=config.lr)
     state.theta = theta
     vector_to_parameters(theta, model.parameters())
-    meta = amft.look_ahead(model, tokenizer, task, state, rng, config)
+    state.step, config.warmup = config.meta_every - 1, 0
+    meta = amft.look_ahead(model, tokenizer, task, state, rng, config, rollouts)
     assert meta[1] > 0
     mu = 0.5
     for _ in range(500 // 20):  # all 25 updates in the same direction, and at the far end of the interval
@@ -539,8 +540,12 @@ def test_gradients_do_not_depend_on_micro_batches_and_silent_groups_add_nothing(
 METHODS = sorted(amft.METHODS)
 
 
+def nothing_evaluated(*_):
+    return dict(split="val", n=1, success=0.0, low=0.0, high=1.0, outcomes={})
+
+
 def published(method, logp, p, A, H, G):
-    """A demonstration's loss (B, T) as its paper prints it, with autograd through all but what is said to be constant."""
+    """A demonstration's loss (B, T) as its paper prints it, with autograd through all that is not said to be constant."""
     return {"dft": lambda: -p.detach() * logp, "chord": lambda: -(p * (1 - p)).detach() * logp,
             "luffy": lambda: -A * p / (p + 0.1), "srft": lambda: -0.5 * math.exp(-H) * logp - A * p,
             "dyme": lambda: -logp / G}.get(method, lambda: -logp)()
@@ -557,7 +562,8 @@ def expected_mixture(method, model, rollouts, demos, config):
     success, H, P, G = rollouts.success, rollouts.entropy, *rollouts.success.shape
     k = success.sum(1)
     gate = {"superrl": (k == 0), "dyme": (k == 0), "hpt": k <= config.gate * G}.get(method)
-    mu = {"fixed": 0.5, "gac": 0.5, "amft": 0.5, "chord": 0.1, "cosine": 0.9, "luffy": 1 / (G + 1), "srft": 0.5}.get(method, 0)
+    mu = {"fixed": 0.5, "gac": 0.5, "amft": 0.5, "chord": 0.1, "cosine": 0.9, "luffy": 1 / (G + 1), "srft": 0.5}
+    mu = mu.get(method, 0.0)
     mu = gate.float() if gate is not None else torch.full((P,), float(mu))
     if method == "srft":
         A = torch.where(success == 1, 0.1 * math.exp(H), -1.0)
@@ -589,7 +595,7 @@ def test_a_step_of_every_method_is_the_gradient_of_its_published_loss(method, ti
             seen[name].append(a if name == "adamw_step" else true(*a, **k))
             return true(*a, **k) if name == "adamw_step" else seen[name][-1]
         monkeypatch.setattr(amft, name, spy)
-    monkeypatch.setattr(amft, "evaluate", lambda *a: dict(split="val", n=1, success=0.0, low=0.0, high=1.0, outcomes={}))
+    monkeypatch.setattr(amft, "evaluate", nothing_evaluated)
     tiny_run(tiny, tmp_path / "run", "--method", method, "--warmup", "0", "--steps", "3", "--advantage", "group",
              "--prompts", "6", "--switch", "0", "--gate", "0.5", "--sft-batch", "9", "--meta-every", "3",
              "--meta-prompts", "2")
@@ -600,8 +606,8 @@ def test_a_step_of_every_method_is_the_gradient_of_its_published_loss(method, ti
     if method in ("sft", "dft", "sasr"):  # SASR knows no gradient norm yet: it starts with SFT
         demos = seen["encode_demos"][0]
         logp = amft.logps_of(model, demos)
-        expected = flat_grad((published(method, logp, logp.exp(), None, None, None) * demos.mask).sum() / demos.mask.sum(),
-                             model)
+        loss = published(method, logp, logp.exp(), None, None, None)
+        expected = flat_grad((loss * demos.mask).sum() / demos.mask.sum(), model)
     else:
         rollouts = seen["rollout"][0]
         assert 0 < rollouts.success.sum() < rollouts.success.numel() and len(set(rollouts.success.sum(1).tolist())) > 1
@@ -624,7 +630,7 @@ def test_a_step_of_every_method_is_the_gradient_of_its_published_loss(method, ti
 def test_the_budget_and_batches_without_signal(method, tiny, tmp_path, monkeypatch):
     """steps x P x G responses whatever the method, the controller's included; nothing is NaN where no prompt, or every
     prompt, needs a demonstration."""
-    monkeypatch.setattr(amft, "evaluate", lambda *a: dict(split="val", n=1, success=0.0, low=0.0, high=1.0, outcomes={}))
+    monkeypatch.setattr(amft, "evaluate", nothing_evaluated)
     for outcome in ("correct", "no_answer"):
         monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: outcome)
         rows = tiny_run(tiny, tmp_path / outcome, "--method", method, "--steps", "8", "--prompts", "7", "--sft-batch",
@@ -679,9 +685,10 @@ def test_relift_buffers_what_no_sample_solved():
 def test_rules_for_one_mu_by_hand():
     assert [amft.cosine(x, 0.9, 0.1) for x in (0, 0.5, 1)] == pytest.approx([0.9, 0.5, 0.1])
     assert amft.cosine(1 / 3, 0.9, 0.1) == pytest.approx(0.1 + 0.8 * 0.75)
-    mus = [amft.METHODS["cosine"].mu(seen_by("cosine", step=step, config=dict(warmup=2, steps=7))) for step in (3, 5, 7)]
+    mus = [amft.METHODS["cosine"].mu(seen_by(step=step, config=dict(warmup=2, steps=7))) for step in (3, 5, 7)]
     assert mus == pytest.approx([0.95, 0.5, 0.05])
-    switch = [amft.METHODS["sft-rl"].alone(seen_by(step=step, config=dict(steps=10, switch=0.3))) for step in (1, 3, 4, 10)]
+    rule = amft.METHODS["sft-rl"]
+    switch = [rule.alone(seen_by(step=step, config=dict(steps=10, switch=0.3))) for step in (1, 3, 4, 10)]
     assert switch == [True, True, False, False]
     # GAC: (0.5 * 2 + 1) / (2 + 3 + 1) = 1/3; half way to 1/2: 5/12.
     assert amft.gac_mu(0.4, 2.0, 3.0, 1.0, most=1.0) == pytest.approx(5 / 12)
@@ -709,8 +716,8 @@ def test_sasr_by_hand():
     """p = G_last / (G_last + gamma G_warm); norms are learned from SFT steps alone, G_warm in the warm-up alone."""
     s, rule = seen_by("sasr", config=dict(sasr=2.0)), amft.METHODS["sasr"]
     assert rule.alone(s)  # nothing is known yet
-    for step, norm, success, memory in ((9, 4.0, None, (4.0, 4.0)), (10, 3.0, None, (3.0, 3.0)), (11, 1.0, None, (1.0, 3.0)),
-                                        (12, 7.0, torch.zeros(1, 8), (1.0, 3.0))):
+    for step, norm, success, memory in ((9, 4.0, None, (4.0, 4.0)), (10, 3.0, None, (3.0, 3.0)),
+                                        (11, 1.0, None, (1.0, 3.0)), (12, 7.0, torch.zeros(1, 8), (1.0, 3.0))):
         s.step, s.sft_norm, s.success = step, norm, success
         rule.learn(s)
         assert (s.memory["last"], s.memory["warm"]) == memory
@@ -799,8 +806,8 @@ def test_same_seed_same_log_and_every_key_is_there(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--advantage", "group"], ["--ppo-epochs", "2", "--trace", "0.9", "--meta-on", "both", "--keep-best", "--val-every", "2"],
-    ["--method", "relift", "--sft-batch", "4"], ["--method", "gac"]])
+    ["--advantage", "group"], ["--method", "relift", "--sft-batch", "4"], ["--method", "gac"],
+    ["--ppo-epochs", "2", "--trace", "0.9", "--meta-on", "both", "--keep-best", "--val-every", "2"]])
 def test_killed_run_goes_on_bit_for_bit(tiny, tmp_path, flags):
     tiny_run(tiny, tmp_path / "unbroken", *flags)
     command = [sys.executable, amft.__file__, "--task", "gp", "--smoke", "--model", tiny, "--out",
@@ -852,7 +859,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tiny, tmp_path, capsys):
             (["--samples", "1"], "--samples 1"), (["--mu", "1.5"], "--mu 1.5"), (["--mu", "nan"], "--mu nan"),
             (["--mu", "1"], "--mu-max"), (["--method", "gap"], "'gap'"),
             (["--method", "chord", "--meta"], "--method chord: must be amft"), (["--warmup", "101"], "--warmup 101"),
-            (["--meta-prompts", "900"], "--meta-prompts 900"), (["--keep-best"], "--val-every 0"), (["--lr", "0"], "--lr 0"), (["--steps", "many"], "'many'"),
+            (["--meta-prompts", "900"], "--meta-prompts 900"), (["--keep-best"], "--val-every 0"),
+            (["--lr", "0"], "--lr 0"), (["--steps", "many"], "'many'"),
             (["--out", str(tmp_path / "taken")], "already holds a run"),
             (["--model", str(tmp_path / "empty")], "not a checkpoint"),
             (["--model", str(tmp_path / "corrupt")], "not a checkpoint"), (["--model", "no/such"], "not a checkpoint"),

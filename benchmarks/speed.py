@@ -41,7 +41,7 @@ class Ours:
         return self.rng.sample(self.episodes, self.config.prompts)
 
     def rl_gradient(self):
-        rollouts = amft.explore(self.model, self.tokenizer, self.draw(), self.config)
+        rollouts = self.rollouts = amft.explore(self.model, self.tokenizer, self.draw(), self.config)
         self.rewards.append(rollouts.success.mean().item())
         amft.add_advantages(self.model, self.phi, rollouts, self.config)
         return amft.rl_gradient(self.model, self.phi, rollouts, self.config)[0]
@@ -64,8 +64,8 @@ class Ours:
     def meta_step(self):
         """What the controller adds every K steps."""
         self.state.sensitivity = amft.step_sensitivity(self.state.theta, self.g_rl, self.g_sft, 0.5, self.state.adam,
-                                                       lr=1e-4)
-        amft.look_ahead(self.model, self.tokenizer, self.task, self.state, self.rng, self.config)
+                                                       self.state.sensitivity, self.config.trace, lr=1e-4)
+        amft.look_ahead(self.model, self.tokenizer, self.task, self.state, self.rng, self.config, self.rollouts)
 
 
 def timed(function):

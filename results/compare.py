@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-SETTINGS = ["--task", "gp", "--model", "base/early", "--steps", "50", "--prompts", "8", "--samples", "8", "--meta-prompts",
+STEPS, VAL_EVERY = 50, 10
+SETTINGS = ["--task", "gp", "--model", "base/early", "--steps", str(STEPS), "--prompts", "8", "--samples", "8", "--meta-prompts",
             "8", "--sft-batch", "32", "--meta-every", "5", "--advantage", "group", "--lr", "1e-4", "--eval-n", "250", "--evals", "last",
             "--save-every", "50", "--sample-every", "1000"]
 SEARCH_SEED = 100
@@ -49,10 +50,12 @@ SEARCH = {
     "hpt": with_rates("--gate", "0.125", "0.25"),  # 0 is superrl
     "relift": with_rates("--sft-batch", "8", "16"),
     "luffy": with_rates("--shape", "0.1", "0.3"),
-    "amft": with_rates("--eta-mu", "0.05", "0.15"),
+    "amft": with_rates("--eta-h", "0.1", "0.5"),
 }
 ABLATIONS = {"without meta-gradient": ["--no-meta"], "without entropy": ["--no-entropy"], "without warm-up": ["--warmup", "0"],
-             "entropy sign of the text": ["--entropy-sign", "text"], "controller of the paper": ["--controller", "paper"]}
+             "entropy sign of the text": ["--entropy-sign", "text"],
+             "one step ahead on val": ["--trace", "0", "--meta-on", "val"],
+             "controller of the paper": ["--controller", "paper", "--trace", "0", "--meta-on", "val"]}
 MUS = ("0.1", "0.3", "0.5", "0.7", "0.9")
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t
 OOD = ("ood_rule", "ood_small")
@@ -97,12 +100,11 @@ def rows_of_the_matrix():
 
 def clocked():
     """SFT with as many steps as fit into the time of AMFT's run, by the seconds that the first seed's logs have."""
-    def seconds(name):  # of a step, without evaluations: the median, and for AMFT its meta-gradients' share
-        times = [row["seconds"] for row in log_of(cell(name, 0)) if row["kind"] == "step"]
-        gaps = sorted(b - a for a, b in zip(times, times[1:]))
-        return statistics.mean(gaps[:int(0.9 * len(gaps))])  # the longest tenth holds the evaluations
-    steps = round(50 * seconds("amft") / seconds("sft"))
-    return ["--method", "sft", *chosen("sft"), "--keep-best", "--steps", str(steps), "--val-every", "10"]
+    def seconds(name):  # of a step; without those that follow an evaluation, whose clock holds it
+        rows = [row for row in log_of(cell(name, 0)) if row["kind"] == "step"]
+        return statistics.mean(b["seconds"] - a["seconds"] for a, b in zip(rows, rows[1:]) if a["step"] % VAL_EVERY)
+    steps = round(STEPS * seconds("amft") / seconds("sft"))
+    return ["--method", "sft", *chosen("sft"), "--keep-best", "--steps", str(steps)]
 
 
 def initialise():
@@ -389,12 +391,12 @@ def main():
         run_all(jobs, args.processes, "search")
         if args.search:
             return
-        jobs = [(cell(name, seed), [*SETTINGS, "--val-every", "10", *flags, "--seed", str(seed),
-                                          *(["--evals", "all"] if (name, seed) == ("amft", 0) else [])])
+        jobs = [(cell(name, seed), [*SETTINGS, "--val-every", str(VAL_EVERY), *flags, "--seed", str(seed),
+                                      *(["--evals", "all"] if (name, seed) == ("amft", 0) else [])])
                       for seed in range(args.seeds) for name, flags in rows_of_the_matrix().items()]
         run_all(jobs, args.processes, "matrix")
         clock = clocked()
-        run_all([(cell("sft clocked", seed), [*SETTINGS, *clock, "--seed", str(seed)]) for seed in range(args.seeds)],
+        run_all([(cell("sft clocked", seed), [*SETTINGS, "--val-every", str(VAL_EVERY), *clock, "--seed", str(seed)]) for seed in range(args.seeds)],
                 args.processes, "sft, same time")
     logs = Logs()
     tables(logs)

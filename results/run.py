@@ -5,10 +5,12 @@
     python results/run.py --only gp virl
     python results/run.py --tune        # the search that chose the defaults, evaluated on the split val alone
 
-For each task: SFT alone, RL alone, AMFT, three seeds, the same number of optimiser steps (50; in virl and virl-vl 40).
-Logs go to results/TASK/NAME-SEED/, tables to results/TASK.md and results/summary.md (for the search: results/tune/ and
-results/tune.md). Runs go two at a time with one thread each; every run is `python amft.py --task TASK` with the flags that `flags` gives it. But
-for gp, whose defaults are larger, AMFT's runs have a task's default settings.
+For each task: SFT alone, RL alone, AMFT, three seeds, the same number of optimiser steps (50; in virl and virl-vl 40) and,
+but for gp, the task's default settings. Logs go to results/TASK/NAME-SEED/, tables to results/TASK.md and
+results/summary.md (for the search: results/tune/ and results/tune.md). Runs go two at a time with one thread each; every
+run is `python amft.py --task TASK` with the flags that `flags` gives it. The recorded logs are of commits before --method
+and the shared budget: their SFT and RL are --mu 1 and 0, and AMFT's controller sampled on top of what they sampled. The
+comparison of all methods, on General Points, is results/compare.py.
 """
 
 import argparse
@@ -27,20 +29,18 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 TASKS = ("gp", "virl", "math", "gp-vl", "virl-vl")
 SEEDS = (0, 1, 2)
-FIXED = ["--no-meta", "--no-entropy", "--mu"]
 RUNS = ("SFT", "RL", "AMFT")
 
 
 def flags(task, name, seed):
-    """The flags of a run. A warm-up step is an SFT step without rollouts, so SFT alone is nearly all warm-up."""
-    steps = 40 if task.startswith("virl") else 50
-    own = {"SFT": ["--warmup", steps - 1, "--steps", 1, *FIXED, 1], "RL": ["--warmup", 0, "--steps", steps, *FIXED, 0],
-           "AMFT": ["--warmup", 10, "--steps", steps - 10]}[name]
+    """The flags of a run."""
+    own = ["--method", name.lower(), "--steps", 40 if task.startswith("virl") else 50]
     light = ["--prompts", 8, "--meta-prompts", 8, "--eval-n", 300] if task == "gp" else []
     once = (name, seed) == ("AMFT", 0)  # the base is the same for every run
     return list(map(str, ["--task", task, "--seed", seed, *light, *own, "--evals", "all" if once else "last"]))
 
 
+FIXED = ["--no-meta", "--no-entropy", "--mu"]
 TUNING = ["--steps", "120", "--advantage", "group"]  # what the defaults were when the search was made
 TUNE = {  # one seed that no recorded run uses; what is best on val at the end becomes the default
     "lr=1e-4": [*TUNING, *FIXED, "0.5", "--warmup", "40", "--lr", "1e-4"],

@@ -1,0 +1,76 @@
+"""Seconds and peak memory per step of every method, side by side: whole short runs in turn, round after round.
+
+    python benchmarks/cost.py                    # General Points, default sizes, on the CPU or the GPU that is there
+    python benchmarks/cost.py --prompts 8 --steps 20 --methods fixed amft
+
+A method's seconds a step are those of its run (evaluations apart) divided by its steps; all methods have the same steps and
+responses. Quoted: the median over rounds, and the median over rounds of the ratio to `fixed` in the same round, which a noisy
+machine disturbs less. Memory: the highest resident size of the run's process less that of one which loads the policy and
+stops (on a GPU: what torch allocated at most).
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import amft  # noqa: E402
+
+PROGRAM = """
+import resource, sys, torch, amft
+amft.Run.report = lambda *a, **k: {"val": 0.0}
+amft.Run.finish = lambda *a: None
+if sys.argv[1] == "load":
+    config = amft.parse_config([])
+    amft.load_policy(config, amft.make_task(config))
+else:
+    amft.main(sys.argv[1:])
+gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+print("PEAK", gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, bool(gpu))
+"""
+
+
+def run(*argv):
+    """(seconds, peak bytes) of a run in its own process."""
+    output = subprocess.run([sys.executable, "-c", PROGRAM, *argv], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    peak, gpu = output.rsplit("PEAK ", 1)[1].split()
+    return int(peak), gpu == "True"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=sorted(amft.METHODS), default=list(amft.METHODS))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--advantage", default="group")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    empty, gpu = run("load")
+    methods = list(dict.fromkeys(["fixed", *args.methods]))
+    seconds, peaks = {name: [] for name in methods}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(args.rounds):
+            for name in tqdm(methods, desc=f"round {number + 1}", leave=False):
+                out = Path(folder) / f"{name}-{number}"
+                peaks[name], _ = run("--task", "gp", "--method", name, "--steps", str(args.steps), "--warmup", "0", "--prompts",
+                                     str(args.prompts), "--meta-prompts", str(args.prompts), "--sft-batch", str(2 * args.prompts),
+                                     "--advantage", args.advantage, "--seed", str(number), "--sample-every", "1000", "--out",
+                                     str(out))
+                rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+                seconds[name].append([row for row in rows if row["kind"] == "step"][-1]["seconds"] / args.steps)
+    print(f"| method | seconds a step | to fixed | peak memory, MiB ({'GPU' if gpu else 'above a loaded policy'}) |\n|---|---|---|---|")
+    for name in methods:
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["fixed"]))
+        memory = (peaks[name] - (0 if gpu else empty)) / 2 ** 20
+        print(f"| {name} | {statistics.median(seconds[name]):.2f} | {ratio:.2f} | {memory:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
