@@ -830,14 +830,14 @@ def utility_gradient(model, batches, state, config):
 
 
 def looks_ahead(config, step):
-    """Does this step sample conversations on validation prompts? Every K mixed steps; not the first, no step was before."""
+    """Does this step sample conversations on validation prompts? Every K mixed steps; the first has none before it."""
     mixed = step - config.warmup
     return config.meta and config.meta_on != "train" and mixed > 1 and mixed % config.meta_every == 0
 
 
 def look_ahead(model, tokenizer, task, state, rng, config, rollouts):
-    """The meta-gradient, or None: from fresh conversations on validation prompts if it is time (Eqs. 4-5); from the step's
-    own, which the stepped policy sampled just as well. Differs: the paper has the former alone (--meta-on val)."""
+    """The meta-gradient, or None: from fresh conversations on validation prompts if it is time (Eqs. 4-5); from the
+    step's own, which the stepped policy sampled just as well. Differs: the paper has the former alone, --meta-on val."""
     batches = [rollouts] if config.meta_on != "val" else []
     if looks_ahead(config, state.step + 1):
         batches.append(explore(model, tokenizer, [task.sample("val", rng) for _ in range(config.meta_prompts)], config))
@@ -871,7 +871,7 @@ class State:
 
 
 def train(config, out):
-    """Algorithm 1, and with another --method its rivals. Writes folder `out`, or goes on from the state that is there."""
+    """Algorithm 1, or with --method a rival's. Writes folder `out`, or goes on from the state that lies there."""
     task, rule = make_task(config), METHODS[config.method]
     model, tokenizer = load_policy(config, task)
     run = Run(out, config)

@@ -748,6 +748,14 @@ def test_sensitivity_with_a_trace_is_the_derivative_in_a_mu_that_was_larger_all_
     torch.testing.assert_close(last[0], (final(h) - final(-h)) / (2 * h), rtol=1e-5, atol=1e-7)
 
 
+def test_recorded_tables_are_made_from_the_logs_alone():
+    sys.path.insert(0, str(HERE / "results"))
+    compare = importlib.import_module("compare")
+    assert compare.tables(compare.Logs()) == (HERE / "results" / "compare.md").read_text()
+    assert compare.interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.303 / sqrt(3)
+    assert compare.sign_test([-1.0] * 8 + [1.0] * 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+
+
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
@@ -879,7 +887,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tiny, tmp_path, capsys):
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_log(tiny, tmp_path, capsys, monkeypatch):
     true, calls = amft.sft_loss, itertools.count()
-    monkeypatch.setattr(amft, "sft_loss", lambda *a, **k: true(*a, **k) * (math.nan if next(calls) == 4 else 1))
+    monkeypatch.setattr(amft, "sft_loss", lambda *a, **k: true(*a, **k) * (math.nan if next(calls) in (8, 9) else 1))
     error = fails(["--smoke", "--model", tiny, "--out", str(tmp_path / "run"), "--device", "cpu", "--eval-n", "8"],
                   capsys, code=1)
     assert "step 5" in error and "sft_loss" in error

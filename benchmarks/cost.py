@@ -3,10 +3,10 @@
     python benchmarks/cost.py                    # General Points, default sizes, on the CPU or the GPU that is there
     python benchmarks/cost.py --prompts 8 --steps 20 --methods fixed amft
 
-A method's seconds a step are those of its run (evaluations apart) divided by its steps; all methods have the same steps and
-responses. Quoted: the median over rounds, and the median over rounds of the ratio to `fixed` in the same round, which a noisy
-machine disturbs less. Memory: the highest resident size of the run's process less that of one which loads the policy and
-stops (on a GPU: what torch allocated at most).
+A method's seconds a step are those of its run (evaluations apart) divided by its steps; all methods have the same steps
+and responses. Quoted: the median over rounds, and the median over rounds of the ratio to `fixed` in the same round,
+which a noisy machine disturbs less. Memory: the highest resident size of the run's process less that of one which loads the
+policy and stops (on a GPU: what torch allocated at most).
 """
 
 import argparse
@@ -38,8 +38,8 @@ print("PEAK", gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 
 
 
 def run(*argv):
-    """(seconds, peak bytes) of a run in its own process."""
-    output = subprocess.run([sys.executable, "-c", PROGRAM, *argv], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    """(peak bytes, whether of a GPU) of a run in its own process."""
+    output = subprocess.check_output([sys.executable, "-c", PROGRAM, *argv], cwd=ROOT, text=True, stderr=subprocess.PIPE)
     peak, gpu = output.rsplit("PEAK ", 1)[1].split()
     return int(peak), gpu == "True"
 
@@ -59,13 +59,14 @@ def main():
         for number in range(args.rounds):
             for name in tqdm(methods, desc=f"round {number + 1}", leave=False):
                 out = Path(folder) / f"{name}-{number}"
-                peaks[name], _ = run("--task", "gp", "--method", name, "--steps", str(args.steps), "--warmup", "0", "--prompts",
-                                     str(args.prompts), "--meta-prompts", str(args.prompts), "--sft-batch", str(2 * args.prompts),
-                                     "--advantage", args.advantage, "--seed", str(number), "--sample-every", "1000", "--out",
-                                     str(out))
+                peaks[name], _ = run(
+                    "--task", "gp", "--method", name, "--steps", str(args.steps), "--warmup", "0", "--prompts",
+                    str(args.prompts), "--meta-prompts", str(args.prompts), "--sft-batch", str(2 * args.prompts),
+                    "--advantage", args.advantage, "--seed", str(number), "--sample-every", "1000", "--out", str(out))
                 rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
                 seconds[name].append([row for row in rows if row["kind"] == "step"][-1]["seconds"] / args.steps)
-    print(f"| method | seconds a step | to fixed | peak memory, MiB ({'GPU' if gpu else 'above a loaded policy'}) |\n|---|---|---|---|")
+    print(f"| method | seconds a step | to fixed | peak memory, MiB{'' if gpu else ' above a loaded policy'} |\n"
+          "|---|---|---|---|")
     for name in methods:
         ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["fixed"]))
         memory = (peaks[name] - (0 if gpu else empty)) / 2 ** 20

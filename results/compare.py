@@ -4,11 +4,12 @@
     python results/compare.py --tables     # tables and figures from the logs alone (figures need matplotlib)
     python results/compare.py --seeds 2    # fewer seeds; more can be added later
 
-All runs have the same optimiser steps and, but for SFT, the same number of sampled responses (SETTINGS; amft.py shares the
-budget out). SEARCH gives each method four settings, tried on one seed that no other run has and judged by success on val;
-the best is what the matrix runs. Nothing else is chosen by hand. Seeds are paired: a seed is the same training problems for
-every method. Finished runs are skipped, runs that were cut off are resumed, `--processes` run at a time with a thread each.
-Logs go to results/compare/NAME-SEED/ and results/search/METHOD-NUMBER/, tables to results/compare.md, figures beside it.
+All runs have the same optimiser steps and, but for SFT, the same number of sampled responses (SETTINGS; amft.py shares
+the budget out). SEARCH gives each method four settings, tried on one seed that no other run has and judged by success
+on val; the best is what the matrix runs. Nothing else is chosen by hand. Seeds are paired: a seed is the same training
+problems for every method. Finished runs are skipped, runs that were cut off are resumed, `--processes` run at a time
+with a thread each. Logs go to results/compare/NAME-SEED/ and results/search/METHOD-NUMBER/, tables to results/compare.md,
+figures beside it.
 """
 
 import argparse
@@ -27,9 +28,9 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 STEPS, VAL_EVERY = 50, 10
-SETTINGS = ["--task", "gp", "--model", "base/early", "--steps", str(STEPS), "--prompts", "8", "--samples", "8", "--meta-prompts",
-            "8", "--sft-batch", "32", "--meta-every", "5", "--advantage", "group", "--lr", "1e-4", "--eval-n", "250", "--evals", "last",
-            "--save-every", "50", "--sample-every", "1000"]
+SETTINGS = ["--task", "gp", "--model", "base/early", "--steps", str(STEPS), "--prompts", "8", "--samples", "8",
+            "--meta-prompts", "8", "--sft-batch", "32", "--meta-every", "5", "--advantage", "group", "--lr", "1e-4",
+            "--eval-n", "250", "--evals", "last", "--save-every", "50", "--sample-every", "1000"]
 SEARCH_SEED = 100
 HIGH, LOW = ["--lr", "1e-4"], ["--lr", "3e-5"]
 RATES = [["--lr", lr] for lr in ("1e-5", "3e-5", "1e-4", "3e-4")]  # for methods with nothing else to set
@@ -52,7 +53,8 @@ SEARCH = {
     "luffy": with_rates("--shape", "0.1", "0.3"),
     "amft": with_rates("--eta-h", "0.1", "0.5"),
 }
-ABLATIONS = {"without meta-gradient": ["--no-meta"], "without entropy": ["--no-entropy"], "without warm-up": ["--warmup", "0"],
+ABLATIONS = {"without meta-gradient": ["--no-meta"], "without entropy": ["--no-entropy"],
+             "without warm-up": ["--warmup", "0"],
              "entropy sign of the text": ["--entropy-sign", "text"],
              "one step ahead on val": ["--trace", "0", "--meta-on", "val"],
              "controller of the paper": ["--controller", "paper", "--trace", "0", "--meta-on", "val"]}
@@ -145,11 +147,14 @@ def run_all(jobs, processes, what):
                 tqdm.write(future.result())
 
 
+def mean_and_half(values):
+    """Mean over seeds and half-width of its 95% t-interval; no number where there is one seed."""
+    half = T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), half
+
+
 def interval(values):
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    return f"{mean:.1f} ± {T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)):.1f}"
+    return "{:.1f} ± {:.1f}".format(*mean_and_half(values)).removesuffix(" ± nan")
 
 
 class Logs:
@@ -175,31 +180,34 @@ class Logs:
         return [row for row in self.runs[name, seed] if row["kind"] == kind]
 
     def success(self, name, seed, split, best=False):
-        rows = [row for row in self.of(name, "eval", seed) if row["whole"] and row["best"] == best and row["split"] == split]
-        return 100 * rows[-1]["success"]
+        return 100 * [row["success"] for row in self.of(name, "eval", seed)
+                      if row["whole"] and row["best"] == best and row["split"] == split][-1]
 
     def ood(self, name, seed):
         return statistics.mean(self.success(name, seed, split) for split in OOD)
 
 
 def markdown(header, lines):
-    return ["", "| " + " | ".join(header) + " |", "|---" * len(header) + "|", *("| " + " | ".join(line) + " |" for line in lines)]
+    return ["", *("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))]
 
 
 def tables(logs):
+    """All tables, as text."""
     main = [name for name in SEARCH if name in logs.names]
     columns = {name: (name, False) for name in main}
     columns |= {"sft, early stopped": ("sft", True)}
     if "sft-clocked" in logs.names:
         columns |= {"sft, same time": ("sft-clocked", False), "sft, same time, early stopped": ("sft-clocked", True)}
-    columns |= {f"fixed, mu = {mu}": (name, False) for mu, name in logs.sweep.items() if name in logs.names and name != "fixed"}
+    columns |= {f"fixed, mu = {mu}": (name, False) for mu, name in logs.sweep.items()
+                if name in logs.names and name != "fixed"}
     config = logs.of("amft", "config")[0]
     commits = sorted({logs.of(name, "config", seed)[0]["commit"][:12] for name, seed in logs.runs})
     base = {row["split"]: row for row in logs.of("amft", "eval", 0) if row["step"] == 0}
-    text = ["# Every method on General Points", "", "Made by `python results/compare.py` from the logs in `compare/` and `search/`; "
-            f"commit {', '.join(f'`{c}`' for c in commits)}, torch {config['torch']}. Every run: `{' '.join(SETTINGS)}`, that is "
-            f"{config['steps']} optimiser steps and {config['steps'] * config['prompts'] * config['samples']} responses, and the "
-            f"flags below. Greedy success in percent, n = {config['eval_n']} a split; mean over seeds and half-width of its 95% "
+    text = ["# Every method on General Points", "", "Made by `python results/compare.py` from the logs in `compare/` "
+            f"and `search/`; commit {', '.join(f'`{c}`' for c in commits)}, torch {config['torch']}. Every run: "
+            f"`{' '.join(SETTINGS)}`, that is {config['steps']} optimiser steps and "
+            f"{config['steps'] * config['prompts'] * config['samples']} responses, and what the search chose (below). "
+            f"Greedy success in percent, n = {config['eval_n']} a split; mean over seeds and half-width of its 95% "
             "t-interval. Base: 95% interval of the one policy over its deals.", "", "## (a) Success"]
     lines = [["base", "-", *("{:.1f} [{:.0f}, {:.0f}]".format(*(100 * base[s][k] for k in ("success", "low", "high")))
                              for s in logs.splits)]] if base else []
@@ -208,43 +216,45 @@ def tables(logs):
         lines.append([title, str(len(seeds)), *(interval([logs.success(name, seed, split, best) for seed in seeds])
                                                 for split in logs.splits)])
     text += markdown(["method", "seeds", *logs.splits], lines)
-    text += ["", "Paired difference from AMFT, points; bold where the interval does not hold 0 (one in twenty would by chance):"]
+    text += ["", "Paired difference from AMFT, points; bold where the interval does not hold 0 (one in twenty would by "
+             "chance):"]
 
     def differences(name, best=False, against="amft"):
         seeds = sorted(set(logs.seeds(name)) & set(logs.seeds(against)))
         cells = []
         for split in logs.splits:
             values = [logs.success(name, seed, split, best) - logs.success(against, seed, split) for seed in seeds]
-            words = interval(values)
-            half = float(words.split("±")[1]) if "±" in words else math.inf
-            cells.append(f"**{words}**" if abs(statistics.mean(values)) > half else words)
+            mean, half = mean_and_half(values)
+            cells.append(f"**{interval(values)}**" if abs(mean) > half else interval(values))
         return cells
     text += markdown(["method", *logs.splits], [[title, *differences(*column)] for title, column in columns.items()
                                                 if column != ("amft", False)])
-    text += ["", "## (b) The ablations of the paper's Table 4", "", "Success, and the paired difference from the full AMFT "
-             "(paper, General Points in distribution / out: full 61.3 / 63.3 on average; the order it claims is full, without "
-             "meta-gradient, without warm-up, without entropy)."]
+    text += ["", "## (b) The ablations of the paper's Table 4", "", "Success, and the paired difference from the full "
+             "AMFT. The paper's own, in distribution: full 61.3, without meta-gradient 57.0, without warm-up 56.2, without "
+             "entropy 55.0."]
     names = ["amft", *(f"amft-{name.replace(' ', '-')}" for name in ABLATIONS)]
     names = [name for name in names if name in logs.names]
     text += markdown(["run", "mu at the end", *logs.splits], [
         [name.replace("-", " "), interval2([logs.of(name, "final", seed)[0]["mu"] for seed in logs.seeds(name)]),
-         *(interval([logs.success(name, seed, split) for seed in logs.seeds(name)]) for split in logs.splits)] for name in names])
-    text += markdown(["less the full AMFT", *logs.splits], [[name.replace("-", " "), *differences(name)] for name in names[1:]])
+         *(interval([logs.success(name, seed, split) for seed in logs.seeds(name)]) for split in logs.splits)]
+        for name in names])
+    text += markdown(["less the full AMFT", *logs.splits], [[name.replace("-", " "), *differences(name)]
+                                                            for name in names[1:]])
     text += ["", "## (c) Steps and responses to reach a success rate on val", "", "First evaluation (every "
-             f"{config['val_every']} steps) at or above it: median over the seeds that got there, and how many did; - where none."]
+             f"{config['val_every']} steps) at or above it: median over the seeds that got there, and how many did."]
     lines = []
     for name in main:
         line = [name]
         for goal in REACH:
             hits = []
             for seed in logs.seeds(name):
-                first = next((row["step"] for row in logs.of(name, "eval", seed) if row["split"] == "val" and row["success"] >= goal
-                              and row["step"]), None)
+                first = next((row["step"] for row in logs.of(name, "eval", seed)
+                              if row["split"] == "val" and row["success"] >= goal and row["step"]), None)
                 if first:
                     hits.append((first, logs.of(name, "step", seed)[first - 1]["rollouts"]))
             many = f"{len(hits)} of {len(logs.seeds(name))}"
-            line += [f"{statistics.median(h[0] for h in hits):.0f} ({many})", f"{statistics.median(h[1] for h in hits):.0f}"] \
-                if hits else ["-", "-"]
+            line += [f"{statistics.median(h[0] for h in hits):.0f} ({many})",
+                     f"{statistics.median(h[1] for h in hits):.0f}"] if hits else ["-", "-"]
         lines.append(line)
     text += markdown(["method", *(x for goal in REACH for x in (f"steps to {100 * goal:.0f}%", "responses"))], lines)
     text += ["", "## What the runs did"]
@@ -253,28 +263,31 @@ def tables(logs):
         seeds = logs.seeds(name)
         steps = [row for seed in seeds for row in logs.of(name, "step", seed)]
         finals = [logs.of(name, "final", seed)[0] for seed in seeds]
-        entropy = [row["entropy"] for seed in seeds for row in logs.of(name, "step", seed)[-10:] if row["entropy"] is not None]
-        lines.append([name, f"{statistics.mean(row['mu'] for row in steps):.2f}", f"{statistics.mean(row['demos'] for row in steps):.1f}",
-                      f"{statistics.mean(f['rollouts'] for f in finals):.0f}", f"{statistics.mean(entropy):.3f}" if entropy else "-",
+        entropy = [row["entropy"] for seed in seeds for row in logs.of(name, "step", seed)[-10:] if row["entropy"]]
+        lines.append([name.replace("-", " "), f"{statistics.mean(row['mu'] for row in steps):.2f}",
+                      f"{statistics.mean(row['demos'] for row in steps):.1f}",
+                      f"{statistics.mean(f['rollouts'] for f in finals):.0f}",
+                      f"{statistics.mean(entropy):.3f}" if entropy else "-",
                       f"{statistics.mean(f['seconds'] for f in finals):.0f}"])
-    text += markdown(["run", "mean mu", "demonstrations a step", "responses", "entropy, last 10 steps", "seconds, evaluations included"], lines)
+    text += markdown(["run", "mean mu", "demonstrations a step", "responses", "entropy, last 10 steps",
+                      "seconds, evaluations included"], lines)
     z = {name: [row["meta_grad"] / row["meta_se"] for seed in logs.seeds(name) for row in logs.of(name, "step", seed)
                 if row["meta_se"]] for name in names}
-    text += ["", "Meta-gradients over their standard errors (z); sign test: probability of so uneven a split of signs by chance."]
+    text += ["", "Meta-gradients over their standard errors (z); sign test: probability of so uneven a split of signs "
+             "by chance, were they independent (with a trace, neighbours share their d theta/d mu: they are not)."]
     text += markdown(["run", "estimates", "negative", "sign test p", "mean z", "abs(z) > 2"], [
-        [name.replace("-", " "), str(len(v)), str(sum(x < 0 for x in v)), f"{sign_test(v):.2g}", f"{statistics.mean(v):+.2f}",
-         str(sum(abs(x) > 2 for x in v))] for name, v in z.items() if v])
-    text += ["", "## The search", "", f"Seed {SEARCH_SEED}, success on val in percent after the run; nothing else was evaluated. "
-             "Chosen: the best, the first of equals."]
+        [name.replace("-", " "), str(len(v)), str(sum(x < 0 for x in v)), f"{sign_test(v):.2g}",
+         f"{statistics.mean(v):+.2f}", str(sum(abs(x) > 2 for x in v))] for name, v in z.items() if v])
+    text += ["", "## The search", "", f"Seed {SEARCH_SEED}, success on val in percent after the run; nothing else was "
+             "evaluated. Chosen: the best, the first of equals."]
     lines = []
     for method, trials in SEARCH.items():
-        values = [(flags, 100 * final_val(trial(method, i))) for i, flags in enumerate(trials) if finished(trial(method, i))]
+        values = [(flags, 100 * final_val(trial(method, i))) for i, flags in enumerate(trials)]
         pick = chosen(method)
         lines.append([method, *(f"{'**' * (flags == pick)}{' '.join(flags)}: {value:.1f}{'**' * (flags == pick)}"
                                 for flags, value in values)])
     text += markdown(["method", "", "", "", ""], lines)
-    (HERE / "compare.md").write_text("\n".join(text) + "\n")
-    print("\n".join(text))
+    return "\n".join(text) + "\n"
 
 
 def interval2(values):
@@ -311,7 +324,8 @@ def figures(logs):
         axis.scatter(*means[name], s=90, color=colours[name], marker=markers[name], label=name, edgecolor="black")
     base = {row["split"]: 100 * row["success"] for row in logs.of("amft", "eval", 0) if row["step"] == 0}
     axis.scatter(base["id"], statistics.mean(base[s] for s in OOD), s=130, color="black", marker="+", label="base")
-    front = sorted(p for p in means.values() if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in means.values()))
+    front = sorted(p for p in means.values()
+                   if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in means.values()))
     axis.plot(*zip(*front), color="grey", linestyle="--", linewidth=1, label="Pareto front of the means", zorder=0)
     axis.set(xlabel="id: training multisets, greedy success, %", ylabel=f"mean of {' and '.join(OOD)}, %",
              title="In against out of distribution: a small mark a seed, a large one the mean")
@@ -331,13 +345,14 @@ def figures(logs):
                     curve.setdefault(row["step"], []).append(100 * row["success"])
         curve = {step: v for step, v in curve.items() if len(v) >= len(logs.seeds(name))}
         axes[2].plot(list(curve), [statistics.mean(v) for v in curve.values()], color=colours[name], marker=".")
-    for axis, title in zip(axes, ("entropy of the rollouts (nats a token)", "share of rollouts correct", "greedy success on val, %")):
+    titles = "entropy of the rollouts (nats a token)", "share of rollouts correct", "greedy success on val, %"
+    for axis, title in zip(axes, titles):
         axis.set(xlabel="step", title=title)
     axes[0].legend(fontsize=7, ncols=2)
     figure.savefig(HERE / "compare-curves.png", dpi=110)
 
     adaptive = [name for name in ("amft", "gac", "sasr", "superrl", "hpt") if name in logs.names]
-    figure, axes = plt.subplots(2, len(adaptive), figsize=(4 * len(adaptive), 6), layout="constrained", sharex=True, squeeze=False)
+    figure, axes = plt.subplots(2, len(adaptive), figsize=(4 * len(adaptive), 6), layout="constrained", squeeze=False)
     for column, name in zip(axes.T, adaptive):
         for seed in logs.seeds(name):
             rows = logs.of(name, "step", seed)
@@ -349,7 +364,7 @@ def figures(logs):
                         total += row[key] or 0.0
                         sums.append(total)
                     column[1].plot([r["step"] for r in rows], sums, style, linewidth=1, color=f"C{seed}",
-                                   label=key.replace("_", " ") if not seed else None)
+                                   label=None if seed else key.replace("_", " "))
                 column[1].legend(fontsize=8)
                 column[1].set_title("running sums of its two forces", fontsize=9)
             else:
@@ -363,14 +378,13 @@ def figures(logs):
     sweep = {float(mu): name for mu, name in logs.sweep.items() if name in logs.names} | {0.0: "rl", 1.0: "sft"}
     figure, axes = plt.subplots(1, 4, figsize=(17, 4.2), layout="constrained")
     for axis, split in zip(axes, ("val", "id", "heldout", "ood_rule")):
-        groups = {mu: [logs.success(name, seed, split) for seed in logs.seeds(name)] for mu, name in sorted(sweep.items())}
-        half = [T95.get(len(v), 0) * statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in groups.values()]
-        axis.errorbar(list(groups), [statistics.mean(v) for v in groups.values()], half, fmt="o-", capsize=3, color="black",
+        groups = {mu: [logs.success(name, seed, split) for seed in logs.seeds(name)]
+                  for mu, name in sorted(sweep.items())}
+        axis.errorbar(list(groups), *zip(*map(mean_and_half, groups.values())), fmt="o-", capsize=3, color="black",
                       label="fixed mu (0: rl, 1: sft)")
-        own = [logs.success("amft", seed, split) for seed in logs.seeds("amft")]
-        half = T95[len(own)] * statistics.stdev(own) / math.sqrt(len(own)) if len(own) > 1 else 0
-        axis.axhspan(statistics.mean(own) - half, statistics.mean(own) + half, alpha=0.25, color="C0", label="AMFT, 95%")
-        axis.axhline(statistics.mean(own), color="C0")
+        mean, half = mean_and_half([logs.success("amft", seed, split) for seed in logs.seeds("amft")])
+        axis.axhspan(mean - half, mean + half, alpha=0.25, color="C0", label="AMFT, 95%")
+        axis.axhline(mean, color="C0")
         axis.axhline(base[split], color="grey", linestyle=":", label="base")
         axis.set(title=split, xlabel="mu")
     axes[0].set_ylabel("greedy success, %")
@@ -386,20 +400,23 @@ def main():
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, each with one thread")
     args = parser.parse_args()
     if not args.tables:
-        jobs = [(trial(method, i), [*SETTINGS, "--method", method, "--seed", str(SEARCH_SEED), "--evals", "val", *flags])
+        common = [*SETTINGS, "--seed", str(SEARCH_SEED), "--evals", "val"]
+        jobs = [(trial(method, i), [*common, "--method", method, *flags])
                 for method, trials in SEARCH.items() for i, flags in enumerate(trials)]
         run_all(jobs, args.processes, "search")
         if args.search:
             return
-        jobs = [(cell(name, seed), [*SETTINGS, "--val-every", str(VAL_EVERY), *flags, "--seed", str(seed),
-                                      *(["--evals", "all"] if (name, seed) == ("amft", 0) else [])])
+        common = [*SETTINGS, "--val-every", str(VAL_EVERY)]
+        jobs = [(cell(name, seed), [*common, *flags, "--seed", str(seed),
+                                    *(["--evals", "all"] if (name, seed) == ("amft", 0) else [])])
                       for seed in range(args.seeds) for name, flags in rows_of_the_matrix().items()]
         run_all(jobs, args.processes, "matrix")
         clock = clocked()
-        run_all([(cell("sft clocked", seed), [*SETTINGS, "--val-every", str(VAL_EVERY), *clock, "--seed", str(seed)]) for seed in range(args.seeds)],
+        run_all([(cell("sft clocked", seed), [*common, *clock, "--seed", str(seed)]) for seed in range(args.seeds)],
                 args.processes, "sft, same time")
     logs = Logs()
-    tables(logs)
+    (HERE / "compare.md").write_text(tables(logs))
+    print(tables(logs))
     try:
         figures(logs)
     except ImportError:

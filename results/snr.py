@@ -3,11 +3,10 @@
     python results/snr.py            # three seeds, about 15 minutes on one core; then the table
     python results/snr.py --table    # the table from the log alone
 
-A fixed mixture (mu = 0.5) is trained as AMFT would be. At some of its steps, many conversations are sampled from the stepped
-policy on validation prompts, and dU/dmu is estimated from them for every trace: with so many, the estimate is good enough
-to tell its size from its noise. The noise is quoted for what a run can afford, 32 prompts x 8 samples. Other estimates
-from the same policy: the conversations being on training prompts, which a run samples anyway; and the difference of
-success between theta' shifted half a unit of mu up and down, both sampled with the same random numbers. Log:
+A fixed mixture (mu = 0.5) is trained as AMFT would be. At some of its steps, many conversations are sampled from the
+stepped policy on validation prompts, and dU/dmu is estimated from them for every trace: with so many, the estimate is
+good enough to tell its size from its noise. The noise is quoted for what a run can afford, 32 prompts x 8 samples.
+Other estimates from the same policy: on training prompts, which a run samples anyway; and the difference of success between theta' shifted half a unit of mu up and down, both sampled with the same random numbers. Log:
 results/snr.jsonl, table: results/snr.md.
 """
 
@@ -36,7 +35,7 @@ AFFORD = 32, 8  # of a meta-gradient in a run
 
 
 def measure(model, tokenizer, episodes, state, sensitivities, config):
-    """{trace: (dU/dmu, its standard error, standard error with 32 prompts x 8 samples)} from one set of conversations."""
+    """{trace: (dU/dmu, its standard error, that of 32 prompts x 8 samples)} from one set of conversations."""
     many = amft.dataclasses.replace(config, samples=SAMPLES)
     rollouts = amft.explore(model, tokenizer, episodes, many)
     result, (P, G) = {}, AFFORD
@@ -46,7 +45,8 @@ def measure(model, tokenizer, episodes, state, sensitivities, config):
             dlogps[rows] = amft.logp_sensitivity(model, state.theta, sensitivity[0], rollouts.batch[rows])
         dlogps = dlogps.view_as(rollouts.success)
         few = [amft.meta_gradient(rollouts.success[:, i:i + G], dlogps[:, i:i + G])[1] for i in range(0, SAMPLES, G)]
-        result[trace] = (*amft.meta_gradient(rollouts.success, dlogps), statistics.mean(few) * math.sqrt(len(episodes) / P))
+        few = statistics.mean(few) * math.sqrt(len(episodes) / P)
+        result[trace] = (*amft.meta_gradient(rollouts.success, dlogps), few)
     return result
 
 
@@ -60,7 +60,7 @@ def difference(model, tokenizer, episodes, state, sensitivity, config):
     vector_to_parameters(state.theta, model.parameters())
     each = (success[0] - success[1]).mean(1)
     error = each.std().item() / math.sqrt(len(each))
-    return each.mean().item(), error, error * math.sqrt(len(each) / AFFORD[0]) * math.sqrt(2)  # the same responses in all
+    return each.mean().item(), error, error * math.sqrt(len(each) / AFFORD[0]) * math.sqrt(2)  # 256 for both together
 
 
 def study(seed):
@@ -76,8 +76,8 @@ def study(seed):
     for step in tqdm(range(1, max(AT) + 1), desc=f"seed {seed}"):
         how = dict(lr=config.lr * (1 - (step - 1) / last), max_norm=config.max_norm)
         draw = lambda split, n: [task.sample(split, rng) for _ in range(n)]  # noqa: E731
-        g_sft = amft.sft_gradient(model, amft.encode_demos(model, tokenizer, draw("train", config.sft_batch)), config)[0]
-        g = g_sft
+        demos = amft.encode_demos(model, tokenizer, draw("train", config.sft_batch))
+        g = g_sft = amft.sft_gradient(model, demos, config)[0]
         if step > config.warmup:
             rollouts = amft.explore(model, tokenizer, draw("train", config.prompts), config)
             amft.add_advantages(model, None, rollouts, config)
@@ -95,18 +95,18 @@ def study(seed):
                      for trace in (0.0, 0.9)]
             with open(LOG, "a") as file:
                 for source, trace, value, error, afford in rows:
-                    file.write(json.dumps(dict(seed=seed, step=step, source=source, trace=trace, value=value, error=error,
-                                               afford=afford)) + "\n")
+                    file.write(json.dumps(dict(seed=seed, step=step, source=source, trace=trace, value=value,
+                                               error=error, afford=afford)) + "\n")
 
 
 def table():
     rows = [json.loads(line) for line in LOG.read_text().splitlines()]
     lines = ["# Is the meta-gradient a signal?", "", "Made by `python results/snr.py` from `snr.jsonl`: "
-             f"{len({r['seed'] for r in rows})} seeds, after steps {', '.join(map(str, sorted({r['step'] for r in rows})))} of a "
-             f"fixed mixture; {PROMPTS} prompts x {SAMPLES} samples an estimate. Signal: root mean square of dU/dmu, less what "
-             "the noise of the estimates adds to it. Noise: standard error of what a run can afford, 256 responses. z: their "
-             "ratio; responses for z = 2: what a meta-gradient would have to sample to be that sure of its sign.", "",
-             "| estimated on | trace | dU/dmu, mean | negative | signal | noise of 256 | z of 256 | responses for z = 2 |",
+             f"{len({r['seed'] for r in rows})} seeds, after steps {', '.join(map(str, AT))} of a fixed mixture; "
+             f"{PROMPTS} prompts x {SAMPLES} samples an estimate. Signal: root mean square of dU/dmu, less what the noise of the "
+             "estimates adds to it. Noise: standard error of what a run can afford, 256 responses. z: their ratio; "
+             "responses for z = 2: what a meta-gradient would have to sample to be that sure of its sign.", "",
+             "| estimated on | trace | dU/dmu, mean | negative | signal | noise of 256 | z of 256 | for z = 2 |",
              "|---|---|---|---|---|---|---|---|"]
     for source in ("val", "train", "difference"):
         for trace in sorted({r["trace"] for r in rows if r["source"] == source}):
@@ -114,10 +114,10 @@ def table():
             signal = statistics.mean(r["value"] ** 2 - r["error"] ** 2 for r in own)
             noise = math.sqrt(statistics.mean(r["afford"] ** 2 for r in own))
             z = math.sqrt(signal) / noise if signal > 0 else 0.0
-            need = f"{256 * (2 / z) ** 2:,.0f}" if z else "no signal seen"
+            need = f"{256 * (2 / z) ** 2:,.0f}" if z > 0.01 else "no signal seen"
             lines.append(f"| {source} | {trace} | {statistics.mean(r['value'] for r in own):+.1e} | "
-                         f"{sum(r['value'] < 0 for r in own)} of {len(own)} | {math.sqrt(max(signal, 0)):.1e} | {noise:.1e} | "
-                         f"{z:.2f} | {need} |")
+                         f"{sum(r['value'] < 0 for r in own)} of {len(own)} | {math.sqrt(max(signal, 0)):.1e} | "
+                         f"{noise:.1e} | {z:.2f} | {need} |")
     (HERE / "snr.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
