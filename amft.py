@@ -837,7 +837,7 @@ def looks_ahead(config, step):
 
 def look_ahead(model, tokenizer, task, state, rng, config, rollouts):
     """The meta-gradient, or None: from fresh conversations on validation prompts if it is time (Eqs. 4-5); from the
-    step's own, which the stepped policy sampled just as well. Differs: the paper has the former alone, --meta-on val."""
+    step's own, which the stepped policy sampled too. Differs: the paper has the former alone, --meta-on val."""
     batches = [rollouts] if config.meta_on != "val" else []
     if looks_ahead(config, state.step + 1):
         batches.append(explore(model, tokenizer, [task.sample("val", rng) for _ in range(config.meta_prompts)], config))
