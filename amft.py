@@ -128,7 +128,8 @@ class Config:
                         "conversations on validation prompts (Eq. 4); train, at every step its own, which are there "
                         "anyway; both", choices=("val", "train", "both"))
     meta_prompts: int = flag(32, "controller", "validation prompts in a meta-gradient, G samples each", 2)
-    evidence_decay: float = flag(0.9, "controller", "share of old meta-gradients kept at an update", 0, 1)
+    evidence_decay: float = flag(0.98, "controller", "share of old meta-gradients kept at an update; in gac of its proxies "
+                                 "(0.9)", 0, 1)
     trace: float = flag(0.98, "controller", "share of earlier steps' d theta/d mu, moments included, that is carried "
                         "on; 0: of the last step alone (Eq. 5)", 0, 1)
 
@@ -485,10 +486,10 @@ def update_mu(mu, entropy, target_entropy, meta, evidence, config):
     """Eq. 6: mu' = clip(mu + meta force + entropy force). Returns (mu', evidence', (meta force, entropy force)).
 
     meta: (estimate, standard error) of dU/dmu, or None between meta-gradients. evidence: (sum, variance of the sum) of
-    the estimates so far, each in units of its standard error, old ones fading. Differs (controller "evidence"): dU/dmu
-    is as small as the learning rate and mostly noise, so mu moves by eta_mu times the expected sign of dU/dmu given
-    the evidence, 2 Phi(z) - 1: all of eta_mu where the sign is certain, next to nothing where it is not. Controller
-    "paper" moves mu by eta_mu dU/dmu.
+    the estimates so far, old ones fading. Differs (controller "evidence"): dU/dmu is as small as the learning rate and
+    mostly noise, so mu moves by eta_mu times the expected sign of dU/dmu given the evidence, 2 Phi(z) - 1 with z the sum
+    over its standard error: all of eta_mu where the sign is certain, next to nothing where it is not. Controller "paper"
+    moves mu by eta_mu dU/dmu.
     """
     sign = 1.0 if config.entropy_sign == "eq6" else -1.0  # Differs: the paper's text contradicts its Eq. 6
     entropy_force = sign * config.eta_h * (target_entropy - entropy) if config.entropy else 0.0
@@ -496,8 +497,8 @@ def update_mu(mu, entropy, target_entropy, meta, evidence, config):
     if meta is not None and config.controller == "paper":
         meta_force = config.eta_mu * meta[0]
     elif meta is not None and meta[1] > 0:  # no group with signal: nothing is known, nothing moves
-        total = config.evidence_decay * evidence[0] + meta[0] / meta[1]
-        variance = config.evidence_decay ** 2 * evidence[1] + 1
+        total = config.evidence_decay * evidence[0] + meta[0]
+        variance = config.evidence_decay ** 2 * evidence[1] + meta[1] ** 2
         evidence, meta_force = (total, variance), config.eta_mu * math.erf(total / math.sqrt(2 * variance))
     mu = min(max(mu + meta_force + entropy_force, config.mu_min), config.mu_max)
     return mu, evidence, (meta_force, entropy_force)
@@ -657,7 +658,7 @@ METHODS.update({
     "cosine": Rule(mu=lambda s: cosine(s.progress, s.config.mu_max, s.config.mu_min), defaults=dict(mu_max=0.9)),
     "chord": Rule(mu=lambda s: s.config.mu, c=lambda s, p, A: p * (1 - p), defaults=dict(mu=0.1)),
     "sasr": Rule(alone=sasr_alone, learn=sasr_learn, warm=True),
-    "gac": Rule(mu=lambda s: s.state.mu, learn=gac_learn, warm=True, defaults=dict(mu_max=0.9)),
+    "gac": Rule(mu=lambda s: s.state.mu, learn=gac_learn, warm=True, defaults=dict(mu_max=0.9, evidence_decay=0.9)),
     "amft": Rule(mu=amft_mu, warm=True),
 
     # A gate on k, how many of a prompt's G samples are correct. superrl: 2506.01096; hpt: 2509.04419 (its equation

@@ -319,10 +319,10 @@ def test_controller_on_hand_computed_values():
     assert update(0.5, 9.0, 0.0, None, (0.0, 0.0), controller())[0] == 0.1  # mu_min
     # Evidence: z = -2 moves mu by eta_mu (2 Phi(-2) - 1) = -0.1 * 0.9544997.
     mu, evidence, forces = update(0.5, 1.0, 1.0, (-4.0, 2.0), (0.0, 0.0), controller())
-    assert forces[0] == pytest.approx(-0.09544997) and evidence == pytest.approx((-2.0, 1.0))
-    # Then 0.5 * -2 + 1 = 0 with variance 0.25 * 1 + 1: contradicting evidence cancels.
-    mu, evidence, forces = update(mu, 1.0, 1.0, (3.0, 3.0), evidence, controller())
-    assert forces[0] == 0 and evidence == pytest.approx((0.0, 1.25))
+    assert forces[0] == pytest.approx(-0.09544997) and evidence == pytest.approx((-4.0, 4.0))
+    # Then 0.5 * -4 + 2 = 0 with variance 0.25 * 4 + 9: contradicting evidence cancels.
+    mu, evidence, forces = update(mu, 1.0, 1.0, (2.0, 3.0), evidence, controller())
+    assert forces[0] == 0 and evidence == pytest.approx((0.0, 10.0))
     # No group with signal: nothing is known, nothing moves.
     assert update(0.5, 1.0, 1.0, (0.0, 0.0), (0.0, 0.0), controller())[0] == 0.5
 

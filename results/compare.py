@@ -51,7 +51,7 @@ SEARCH = {
     "hpt": with_rates("--gate", "0.125", "0.25"),  # 0 is superrl
     "relift": with_rates("--sft-batch", "8", "16"),
     "luffy": with_rates("--shape", "0.1", "0.3"),
-    "amft": with_rates("--eta-h", "0.1", "0.5"),
+    "amft": with_rates("--eta-mu", "0.02", "0.05"),
 }
 ABLATIONS = {"without meta-gradient": ["--no-meta"], "without entropy": ["--no-entropy"],
              "without warm-up": ["--warmup", "0"],
