@@ -848,11 +848,12 @@ def look_ahead(model, tokenizer, task, state, rng, config, rollouts):
 
 def prompts_now(config, state, step):
     """How many prompts to sample at this step, so that the run's responses are steps x P x G in all: what is left, less
-    what the controller will take, spread evenly over the steps to come. A step that samples nothing leaves more to them
-    (so only a last step of SFT alone, which is chance in sasr, leaves some unused)."""
+    what the controller will take, spread evenly over the steps to come that will sample: as large a share of them as of
+    the steps since the first that did (1 but in sasr and relift, where chance may leave some of the budget unused)."""
     left = config.steps * config.prompts - state.rollouts // config.samples
     left -= config.meta_prompts * sum(looks_ahead(config, later) for later in range(step, config.steps + 1))
-    return min(max(left // (config.steps - step + 1), 1), config.demos)
+    share = (state.sampled[1] + 1) / (step - (state.sampled[0] or step) + 1)
+    return min(max(left // max(round(share * (config.steps - step + 1)), 1), 1), config.demos)
 
 
 @dataclass
@@ -866,6 +867,7 @@ class State:
     sensitivity: tuple = None  # d theta/d mu (N,) of the last step, and the derivatives of Adam's moments
     target_entropy: float = None  # H*, set after the warm-up
     rollouts: int = 0  # conversations sampled, the controller's included
+    sampled: tuple = (0, 0)  # the first step with rollouts, and how many steps had any
     memory: dict = dataclasses.field(default_factory=dict)  # a rule's own
     best: tuple = (-1.0, 0, None)  # --keep-best: success on val, step, theta (N,)
     seconds: float = 0.0
@@ -903,6 +905,7 @@ def train(config, out):
             s.problems = rng.sample(range(config.demos), prompts_now(config, state, step))
             rollouts = explore(model, tokenizer, [problems[i] for i in s.problems], config)
             state.rollouts += len(rollouts.batch)
+            state.sampled = state.sampled[0] or step, state.sampled[1] + 1
             s.success, s.entropy = rollouts.success, rollouts.entropy
             if state.target_entropy is None:
                 state.target_entropy = rollouts.entropy  # H*: these are the first samples after the warm-up
