@@ -1,4 +1,4 @@
-"""Speed, side by side in one process: our RL-only step against TRL's GRPOTrainer, and what the controller costs.
+"""Speed, side by side in one process: our RL-only step against TRL's GRPOTrainer. (Of the methods: cost.py.)
 
     pip install trl==1.16.0 && python benchmarks/speed.py
 
@@ -32,40 +32,19 @@ class Ours:
         self.task, self.rng, self.episodes = GeneralPoints(), random.Random(0), episodes
         self.model, self.tokenizer = amft.load_policy(self.config, self.task)
         theta = amft.flatten(self.model)
-        self.state = amft.State(theta, amft.AdamState(torch.zeros_like(theta), torch.ones_like(theta), 1), mu=0.5)
-        gae = self.config.advantage == "gae"
-        self.phi = amft.value_function(self.model, self.config)[0] if gae else None
+        self.state = amft.State(theta, amft.AdamState(torch.zeros_like(theta), torch.ones_like(theta), 1), mu=0.0)
         self.rewards = []
 
     def draw(self):
         return self.rng.sample(self.episodes, self.config.prompts)
 
-    def rl_gradient(self):
-        rollouts = self.rollouts = amft.explore(self.model, self.tokenizer, self.draw(), self.config)
+    def rl_step(self):
+        rollouts = amft.explore(self.model, self.tokenizer, self.draw(), self.config)
         self.rewards.append(rollouts.success.mean().item())
-        amft.add_advantages(self.model, self.phi, rollouts, self.config)
-        return amft.rl_gradient(self.model, self.phi, rollouts, self.config)[0]
-
-    def step(self, gradient):
+        amft.add_advantages(self.model, None, rollouts, self.config)
+        gradient = amft.rl_gradient(self.model, None, rollouts, self.config)[0]
         self.state.theta, _ = amft.adamw_step(self.state.theta, gradient, self.state.adam, lr=0.0)
         vector_to_parameters(self.state.theta, self.model.parameters())
-
-    def rl_step(self):
-        self.step(self.rl_gradient())
-
-    def mixed_step(self):
-        """A fixed-mu step: what train() does in a step without a controller."""
-        demos = amft.encode_demos(self.model, self.tokenizer, self.rng.sample(self.episodes, self.config.sft_batch))
-        self.g_sft, self.g_rl = amft.sft_gradient(self.model, demos, self.config)[0], self.rl_gradient()
-        with torch.no_grad():
-            amft.logps_of(self.model, demos, theta=self.state.theta)  # the logged implicit reward's reference
-        self.step((self.g_sft + self.g_rl) / 2)
-
-    def meta_step(self):
-        """What the controller adds every K steps."""
-        self.state.sensitivity = amft.step_sensitivity(self.state.theta, self.g_rl, self.g_sft, 0.5, self.state.adam,
-                                                       self.state.sensitivity, self.config.trace, lr=1e-4)
-        amft.look_ahead(self.model, self.tokenizer, self.task, self.state, self.rng, self.config, self.rollouts)
 
 
 def timed(function):
@@ -122,17 +101,9 @@ def main():
     episodes = [task.sample("train", rng) for _ in range(2000)]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
 
-    for advantage in ("gae", "group"):
-        ours, fixed, meta = Ours(episodes, advantage=advantage), [], []
-        ours.mixed_step()  # warm the caches
-        for _ in range(steps):
-            fixed.append(timed(ours.mixed_step))
-            meta.append(timed(ours.meta_step))
-        fixed, meta = show(f"fixed-mu step, {advantage}", fixed), show("meta-gradient", meta)
-        every = ours.config.meta_every
-        print(f"AMFT step / fixed-mu step, {advantage}, meta-gradient every {every} steps: {1 + meta / every / fixed:.2f}")
-
-    ours.rewards.clear()  # from here on the group-relative baseline, as TRL's
+    ours = Ours(episodes, advantage="group")  # the group-relative baseline, as TRL's
+    ours.rl_step()  # warm the caches
+    ours.rewards.clear()
     try:
         our_seconds, trl_seconds, trl_rewards = against_trl(ours, steps)
     except ImportError:
