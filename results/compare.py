@@ -310,16 +310,16 @@ def figures(logs):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     main = [name for name in SEARCH if name in logs.names]
-    colours = dict(zip(main, plt.get_cmap("tab20").colors))
+    colours = dict(zip(main, plt.get_cmap("tab20").colors)) | {"amft": "black"}
     markers = dict(zip(main, "osD^vP*X<>phd8Hs"))
 
-    def mean_curve(name, key):
-        curves = {}
-        for seed in logs.seeds(name):
-            for row in logs.of(name, "step", seed):
-                if row[key] is not None:
-                    curves.setdefault(row["step"], []).append(row[key])
-        return list(curves), [statistics.mean(v) for v in curves.values()]
+    def mean_curve(name, key, width=5):
+        """Over seeds and `width` steps at a time."""
+        windows = {}
+        for row in (row for seed in logs.seeds(name) for row in logs.of(name, "step", seed)):
+            if row[key] is not None:
+                windows.setdefault((row["step"] - 1) // width, []).append(row[key])
+        return [width * (i + 0.5) for i in sorted(windows)], [statistics.mean(windows[i]) for i in sorted(windows)]
 
     base = {row["split"]: 100 * row["success"] for row in logs.of("amft", "eval", 0) if row["step"] == 0}
     figure, axes = plt.subplots(1, 2, figsize=(15, 6.5), layout="constrained")
@@ -354,11 +354,12 @@ def figures(logs):
                 if row["split"] == "val" and not row["best"]:
                     curve.setdefault(row["step"], []).append(100 * row["success"])
         curve = {step: v for step, v in curve.items() if len(v) >= len(logs.seeds(name))}
-        axes[2].plot(list(curve), [statistics.mean(v) for v in curve.values()], color=colours[name], marker=".")
+        axes[2].plot(list(curve), [statistics.mean(v) for v in curve.values()], color=colours[name], marker=".",
+                     label=name, linewidth=1.2 + (name == "amft"))
     titles = "entropy of the rollouts (nats a token)", "share of rollouts correct", "greedy success on val, %"
     for axis, title in zip(axes, titles):
         axis.set(xlabel="step", title=title)
-    axes[0].legend(fontsize=7, ncols=2)
+    axes[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(HERE / "compare-curves.png", dpi=110)
 
     adaptive = [name for name in ("amft", "gac", "sasr", "superrl", "hpt") if name in logs.names]
