@@ -853,7 +853,8 @@ def prompts_now(config, state, step):
     left = config.steps * config.prompts - state.rollouts // config.samples
     left -= config.meta_prompts * sum(looks_ahead(config, later) for later in range(step, config.steps + 1))
     share = (state.sampled[1] + 1) / (step - (state.sampled[0] or step) + 1)
-    return min(max(left // max(round(share * (config.steps - step + 1)), 1), 1), config.demos)
+    now = max(left // max(round(share * (config.steps - step + 1)), 1), 1)
+    return min(now, left - (config.steps - step), config.demos)  # one is kept for each later step: never over the budget
 
 
 @dataclass

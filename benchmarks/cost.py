@@ -28,7 +28,7 @@ import resource, sys, torch, amft
 amft.Run.report = lambda *a, **k: {"val": 0.0}
 amft.Run.finish = lambda *a: None
 if sys.argv[1] == "load":
-    config = amft.parse_config([])
+    config = amft.parse_config(["--device", amft.resolve_device("auto")])
     amft.load_policy(config, amft.make_task(config))
 else:
     amft.main(sys.argv[1:])
