@@ -128,8 +128,8 @@ class Config:
                         "conversations on validation prompts (Eq. 4); train, at every step its own, which are there "
                         "anyway; both", choices=("val", "train", "both"))
     meta_prompts: int = flag(32, "controller", "validation prompts in a meta-gradient, G samples each", 2)
-    evidence_decay: float = flag(0.98, "controller", "share of old meta-gradients kept at an update; in gac of its proxies "
-                                 "(0.9)", 0, 1)
+    evidence_decay: float = flag(0.98, "controller", "share of old meta-gradients kept at an update; in gac of its "
+                                 "proxies (0.9)", 0, 1)
     trace: float = flag(0.98, "controller", "share of earlier steps' d theta/d mu, moments included, that is carried "
                         "on; 0: of the last step alone (Eq. 5)", 0, 1)
 
@@ -487,9 +487,9 @@ def update_mu(mu, entropy, target_entropy, meta, evidence, config):
 
     meta: (estimate, standard error) of dU/dmu, or None between meta-gradients. evidence: (sum, variance of the sum) of
     the estimates so far, old ones fading. Differs (controller "evidence"): dU/dmu is as small as the learning rate and
-    mostly noise, so mu moves by eta_mu times the expected sign of dU/dmu given the evidence, 2 Phi(z) - 1 with z the sum
-    over its standard error: all of eta_mu where the sign is certain, next to nothing where it is not. Controller "paper"
-    moves mu by eta_mu dU/dmu.
+    mostly noise, so mu moves by eta_mu times the expected sign of dU/dmu given the evidence, 2 Phi(z) - 1 with z the
+    sum over its standard error: all of eta_mu where the sign is certain, next to nothing where it is not. Controller
+    "paper" moves mu by eta_mu dU/dmu.
     """
     sign = 1.0 if config.entropy_sign == "eq6" else -1.0  # Differs: the paper's text contradicts its Eq. 6
     entropy_force = sign * config.eta_h * (target_entropy - entropy) if config.entropy else 0.0
@@ -854,7 +854,7 @@ def prompts_now(config, state, step):
     left -= config.meta_prompts * sum(looks_ahead(config, later) for later in range(step, config.steps + 1))
     share = (state.sampled[1] + 1) / (step - (state.sampled[0] or step) + 1)
     now = max(left // max(round(share * (config.steps - step + 1)), 1), 1)
-    return min(now, left - (config.steps - step), config.demos)  # one is kept for each later step: never over the budget
+    return min(now, left - (config.steps - step), config.demos)  # one is kept for each later step: never over budget
 
 
 @dataclass
