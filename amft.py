@@ -974,11 +974,11 @@ def train(config, out):
             run.save(state, phi, phi_optimizer)
 
     splits = ["val"] if config.evals == "val" else None
-    success = run.report(last, model, tokenizer, task, config, splits)["val"]
+    success = run.report(last, model, tokenizer, task, config, splits)
     model.save_pretrained(out / "final")
     tokenizer.save_pretrained(out / "final")
     if config.keep_best:
-        state.best = max(state.best, (success, last, state.theta), key=lambda best: best[0])
+        state.best = max(state.best, (success["val"], last, state.theta), key=lambda best: best[0])
         vector_to_parameters(state.best[2], model.parameters())
         run.report(state.best[1], model, tokenizer, task, config, splits, best=True)
     run.finish(state, config)

@@ -1644,7 +1644,7 @@ def test_a_readers_own_problems(tiny, tmp_path, capsys):
     for a, b in itertools.combinations(("train", "val", "heldout"), 2):
         assert not roles[a] & roles[b]
     assert 10 <= len(roles["heldout"]) <= 30 and 10 <= len(roles["val"]) <= 30
-    log = tiny_run(tiny, tmp_path / "run", "--task", "math", "--data", str(file), "--max-new-tokens", "60", "--steps", "2")
+    log = tiny_run(tiny, tmp_path / "run", "--task", "math", "--data", str(file), "--max-new-tokens", "60", "--steps", "5")
     assert log[-1]["kind"] == "final" and {r["split"] for r in log if r["kind"] == "eval"} == {"val", "id", "heldout"}
     good = json.dumps(rows[1])
     for bad, says in (("{", "line 2: is not JSON"), ("[1]", 'line 2: "prompt" must'), ('{"prompt": "x"}', 'line 2: "solution" must'),
