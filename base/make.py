@@ -6,8 +6,9 @@
     python base/make.py --families gp --steps 700 --compile --out base/early   # General Points, early in its pretraining
     python base/make.py --steps 20 --out some/folder                        # a trial
 
-14 minutes for base/early (beside other work); 51, 43 and 27 minutes (the last on one core of two) for the shipped ones. Their first stage was run with this script as it
-was at commit 90dd5a8, when General Points was all there was: 9,000 steps of 128 examples, rows not packed.
+51, 43 and 27 minutes (the last on one core of two) for the shipped ones, 14 (beside other work) for base/early. The first
+stage was run with this script as it was at commit 90dd5a8, when General Points was all there was: 9,000 steps of 128
+examples, rows not packed.
 
 The text is the tasks' own conversations, played by their experts, with all that a task fixes drawn at random:
     gp    random cards, any value 1..13 for each face, a random formula, and as target whatever the formula makes
