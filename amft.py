@@ -125,8 +125,8 @@ class Config:
                              choices=("eq6", "text"))
     meta_every: int = flag(5, "controller", "steps K between conversations on validation prompts", 1)
     meta_on: str = flag("both", "controller", "whose success a meta-gradient estimates: val, every K steps fresh "
-                        "conversations on validation prompts (Eq. 4); train, at every step its own, which are there "
-                        "anyway; both", choices=("val", "train", "both"))
+                        "conversations on validation prompts (Eq. 4); train, at every step its own, by the RL gradient "
+                        "that is there anyway; both", choices=("val", "train", "both"))
     meta_prompts: int = flag(32, "controller", "validation prompts in a meta-gradient, G samples each", 2)
     evidence_decay: float = flag(0.98, "controller", "share of old meta-gradients kept at an update; in gac of its "
                                  "proxies (0.9)", 0, 1)
@@ -292,6 +292,7 @@ class Rollouts:
     truncated: float  # share of responses cut off before EOS
     rewards: torch.Tensor = None  # (B, T) of --reward
     advantages: torch.Tensor = None  # (B, T)
+    scale: float = 1.0  # what the advantages were divided by
     returns: torch.Tensor = None  # (B, T)
     old_logps: torch.Tensor = None  # (B, T)
 
@@ -482,23 +483,37 @@ def meta_gradient(rewards, dlogps):
     return per_prompt.mean().item(), per_prompt.std().item() / math.sqrt(P)
 
 
+def own_meta_gradient(g_rl, tangent, rollouts):
+    """dU/dmu on a step's own prompts: -<grad L_RL, d theta/d mu>, with L_RL's normalisation undone (mean of a
+    conversation, in units of reward). Returned with its size as its standard error.
+
+    Differs: not in the paper, which pays a forward-mode product and new samples for each estimate. The stepped policy
+    sampled these too, on prompts drawn after the step, and the RL gradient is needed anyway: this costs one dot
+    product. A single number has no spread to tell its error from; its size is never too small on average
+    (E[x^2] >= Var[x]), and makes update_mu's z the self-normalised sum of x / sqrt(sum of x^2).
+    """
+    mask = rollouts.batch.mask
+    slope = -(g_rl @ tangent * mask.sum() / len(mask)).item() * rollouts.scale
+    return slope, abs(slope)
+
+
 def update_mu(mu, entropy, target_entropy, meta, evidence, config):
     """Eq. 6: mu' = clip(mu + meta force + entropy force). Returns (mu', evidence', (meta force, entropy force)).
 
-    meta: (estimate, standard error) of dU/dmu, or None between meta-gradients. evidence: (sum, variance of the sum) of
-    the estimates so far, old ones fading. Differs (controller "evidence"): dU/dmu is as small as the learning rate and
-    mostly noise, so mu moves by eta_mu times the expected sign of dU/dmu given the evidence, 2 Phi(z) - 1 with z the
-    sum over its standard error: all of eta_mu where the sign is certain, next to nothing where it is not. Controller
-    "paper" moves mu by eta_mu dU/dmu.
+    meta: new estimates of dU/dmu, each (estimate, standard error); () between meta-gradients. evidence: (sum, variance
+    of the sum) of the estimates so far, old ones fading. Differs (controller "evidence"): dU/dmu is as small as the
+    learning rate and mostly noise, so mu moves by eta_mu times the expected sign of dU/dmu given the evidence,
+    2 Phi(z) - 1 with z the sum over its standard error: all of eta_mu where the sign is certain, next to nothing where
+    it is not. Controller "paper" moves mu by eta_mu dU/dmu.
     """
     sign = 1.0 if config.entropy_sign == "eq6" else -1.0  # Differs: the paper's text contradicts its Eq. 6
     entropy_force = sign * config.eta_h * (target_entropy - entropy) if config.entropy else 0.0
-    meta_force = 0.0
-    if meta is not None and config.controller == "paper":
-        meta_force = config.eta_mu * meta[0]
-    elif meta is not None and meta[1] > 0:  # no group with signal: nothing is known, nothing moves
-        total = config.evidence_decay * evidence[0] + meta[0]
-        variance = config.evidence_decay ** 2 * evidence[1] + meta[1] ** 2
+    meta_force, meta = 0.0, [(estimate, error) for estimate, error in meta if error > 0]  # 0: no group had a signal
+    if meta and config.controller == "paper":
+        meta_force = config.eta_mu * sum(estimate for estimate, _ in meta)
+    elif meta:
+        total = config.evidence_decay * evidence[0] + sum(estimate for estimate, _ in meta)
+        variance = config.evidence_decay ** 2 * evidence[1] + sum(error ** 2 for _, error in meta)
         evidence, meta_force = (total, variance), config.eta_mu * math.erf(total / math.sqrt(2 * variance))
     mu = min(max(mu + meta_force + entropy_force, config.mu_min), config.mu_max)
     return mu, evidence, (meta_force, entropy_force)
@@ -522,7 +537,7 @@ class Seen:
     success: torch.Tensor = None  # (P, G) of the step's rollouts
     entropy: float = None  # of the step's rollouts, nats a token
     problems: tuple = ()  # indices of the step's prompts
-    meta: tuple = None  # amft: (dU/dmu, its standard error), every K steps
+    meta: tuple = ()  # amft: new estimates of dU/dmu, each with its standard error
     sft_norm: float = None  # norm of grad L_SFT, once it is known
     nll: torch.Tensor = None  # (B,) mean over tokens of each demonstration's -log p, once it is known
     advantages: torch.Tensor = None  # (P * G,) mean over tokens of each conversation's advantage
@@ -806,28 +821,20 @@ def explore(model, tokenizer, episodes, config):
 def add_advantages(model, phi, rollouts, config, given=None):
     """Fill in advantages, and the value function's targets; given: advantages (P, G) by a rule's own definition."""
     batch, mask = rollouts.batch, rollouts.batch.mask
-    if given is not None or phi is None:
-        group = group_advantages(rollouts.rewards.sum(1).view(-1, config.samples)) if given is None else given
-        rollouts.advantages = group.reshape(-1, 1) * mask
+    if given is None and phi is None:
+        rewards = rollouts.rewards.sum(1).view(-1, config.samples)
+        given = group_advantages(rewards)
+        std = rewards.std(1, correction=0)
+        # One number for all groups; G / (G - 1) takes the sample itself out of its baseline, the group's mean.
+        rollouts.scale = (std.sum() / (std > 1e-6).sum().clamp(min=1)).item() * config.samples / (config.samples - 1)
+    if given is not None:
+        rollouts.advantages = given.reshape(-1, 1) * mask
         return
     values = torch.cat([phi(outputs(model, part)[1]).squeeze(-1) for part in batch.split(config.micro_batch)]) * mask
     advantages, rollouts.returns = gae(rollouts.rewards, values, mask, config.gamma, config.lam)
     mean = (advantages * mask).sum() / mask.sum()
-    std = (((advantages - mean) ** 2 * mask).sum() / mask.sum()).sqrt()
-    rollouts.advantages = (advantages - mean) / (std + 1e-8) * mask
-
-
-def utility_gradient(model, batches, state, config):
-    """Eqs. 4-5 at the stepped policy theta': (dU/dmu, standard error), from lists of Rollouts that theta' sampled."""
-    dlogps = []
-    for rollouts in batches:
-        dlogp = torch.zeros(len(rollouts.batch), device=state.theta.device)
-        signal = (rollouts.success.std(1) > 0).repeat_interleave(config.samples)  # elsewhere the advantage is exactly 0
-        for rows in chunks(signal, config.micro_batch):
-            dlogp[rows] = logp_sensitivity(model, state.theta, state.sensitivity[0], rollouts.batch[rows],
-                                           config.temperature)
-        dlogps.append(dlogp.view_as(rollouts.success))
-    return meta_gradient(torch.cat([rollouts.success for rollouts in batches]), torch.cat(dlogps))
+    rollouts.scale = (((advantages - mean) ** 2 * mask).sum() / mask.sum()).sqrt().item() + 1e-8
+    rollouts.advantages = (advantages - mean) / rollouts.scale * mask
 
 
 def looks_ahead(config, step):
@@ -836,14 +843,16 @@ def looks_ahead(config, step):
     return config.meta and config.meta_on != "train" and mixed > 1 and mixed % config.meta_every == 0
 
 
-def look_ahead(model, tokenizer, task, state, rng, config, rollouts):
-    """The meta-gradient, or None: from fresh conversations on validation prompts if it is time (Eqs. 4-5); from the
-    step's own, which the stepped policy sampled too. Differs: the paper has the former alone, --meta-on val."""
-    batches = [rollouts] if config.meta_on != "val" else []
-    if looks_ahead(config, state.step + 1):
-        batches.append(explore(model, tokenizer, [task.sample("val", rng) for _ in range(config.meta_prompts)], config))
-        state.rollouts += len(batches[-1].batch)
-    return utility_gradient(model, batches, state, config) if batches else None
+def look_ahead(model, tokenizer, task, state, rng, config):
+    """Eqs. 4-5 at the stepped policy theta': (dU/dmu, standard error) from conversations on validation prompts."""
+    rollouts = explore(model, tokenizer, [task.sample("val", rng) for _ in range(config.meta_prompts)], config)
+    state.rollouts += len(rollouts.batch)
+    dlogps = torch.zeros(len(rollouts.batch), device=state.theta.device)
+    signal = (rollouts.success.std(1) > 0).repeat_interleave(config.samples)  # elsewhere the advantage is exactly 0
+    for rows in chunks(signal, config.micro_batch):
+        dlogps[rows] = logp_sensitivity(model, state.theta, state.sensitivity[0], rollouts.batch[rows],
+                                        config.temperature)
+    return meta_gradient(rollouts.success, dlogps.view_as(rollouts.success))
 
 
 def prompts_now(config, state, step):
@@ -866,6 +875,7 @@ class State:
     step: int = 0
     evidence: tuple = (0.0, 0.0)
     sensitivity: tuple = None  # d theta/d mu (N,) of the last step, and the derivatives of Adam's moments
+    own: tuple = ()  # the last step's own_meta_gradient, for the next mu; () if there was none
     target_entropy: float = None  # H*, set after the warm-up
     rollouts: int = 0  # conversations sampled, the controller's included
     sampled: tuple = (0, 0)  # the first step with rollouts, and how many steps had any
@@ -915,11 +925,13 @@ def train(config, out):
             add_advantages(model, phi, rollouts, config, given)
             s.advantages = rollouts.advantages.sum(1) / rollouts.batch.mask.sum(1)
             # Eqs. 4-5, then Eq. 6; the step below uses the new mu.
-            if config.meta and state.sensitivity is not None:
-                s.meta = look_ahead(model, tokenizer, task, state, rng, config, rollouts)
+            s.meta = state.own
+            if looks_ahead(config, step):
+                row["meta_grad"], row["meta_se"] = look_ahead(model, tokenizer, task, state, rng, config)
+                s.meta += (row["meta_grad"], row["meta_se"]),
             mu = rule.mu(s)
             row.update(meta_force=s.forces[0], entropy_force=s.forces[1], entropy=rollouts.entropy,
-                       target_entropy=state.target_entropy, **dict(zip(("meta_grad", "meta_se"), s.meta or ())))
+                       target_entropy=state.target_entropy)
 
         each = torch.is_tensor(mu)  # a weight of each prompt, and of its demonstration: it goes inside the losses
         if each or mu > 0:
@@ -942,6 +954,9 @@ def train(config, out):
                 g_rl, row["rl_loss"], row["value_loss"] = rl_gradient(model, phi, rollouts, config)
             g = w_rl * g_rl + w_sft * g_sft  # the gradient of Eq. 3
             if config.meta and rollouts is not None:
+                if config.meta_on != "val" and state.sensitivity is not None and epoch == 0:
+                    state.own = own_meta_gradient(g_rl, state.sensitivity[0], rollouts),
+                    row["meta_own"] = state.own[0][0]
                 state.sensitivity = step_sensitivity(state.theta, g_rl, g_sft, mu, state.adam, state.sensitivity,
                                                      config.trace, **how)
             row.update(grad_norm=g.norm().item(), grad_norm_rl=g_rl.norm().item(), grad_norm_sft=g_sft.norm().item(),
@@ -989,10 +1004,10 @@ def train(config, out):
 # A run's folder: metrics.jsonl (one JSON object a line), state.pt (what --resume reads), final/ (the policy)
 # ---------------------------------------------------------------------------------------------------------------
 
-STEP_KEYS = ("step", "mu", "meta_grad", "meta_se", "meta_force", "entropy_force", "entropy", "target_entropy",
-             "sft_loss", "rl_loss", "value_loss", "reward", "success", "zero_adv", "implicit_reward", "grad_norm",
-             "grad_norm_rl", "grad_norm_sft", "grad_cos", "demos", "correct", "response_len", "turns", "truncated",
-             "recognition", "rollouts", "seconds")
+STEP_KEYS = ("step", "mu", "meta_grad", "meta_se", "meta_own", "meta_force", "entropy_force", "entropy",
+             "target_entropy", "sft_loss", "rl_loss", "value_loss", "reward", "success", "zero_adv", "implicit_reward",
+             "grad_norm", "grad_norm_rl", "grad_norm_sft", "grad_cos", "demos", "correct", "response_len", "turns",
+             "truncated", "recognition", "rollouts", "seconds")
 COLUMNS = dict(step="5d", mu="6.3f", meta_grad="10.2e", meta_se="9.2e", entropy="8.3f", sft_loss="9.4f",
                rl_loss="8.4f", success="8.3f", zero_adv="9.2f", grad_norm="10.3f", grad_cos="9.3f", rollouts="9d",
                seconds="8.1f")

@@ -249,6 +249,72 @@ def test_meta_gradient_is_unbiased_and_its_standard_error_covers():
     assert 0.91 < np.mean(abs(estimates - truth) < 1.96 * errors) < 0.98
 
 
+@pytest.mark.parametrize("advantage", ["group", "gae"])
+def test_own_meta_gradient_is_the_slope_of_the_samples_utility(advantage):
+    """Central differences in float64, conversation by conversation: d/dh of the mean of (r - baseline) log pi at
+    theta + h tangent. Conversations of different length, a prompt without signal, the others equally hard."""
+    model, G = toy_model(), 6
+    prompts = PROMPTS[[0, 1, 2, 0]].repeat_interleave(G, 0)
+    said = torch.randint(V, (4 * G, T))
+    mask = torch.ones(4 * G, T, dtype=torch.float64)
+    mask[torch.randperm(4 * G)[:9], 1] = 0  # these stopped after one token
+    success = torch.zeros(4, G, dtype=torch.float64)
+    for row in range(3):
+        success[row, torch.randperm(G)[:2]] = 1.0
+    batch = amft.Batch(torch.cat([prompts, said], 1), torch.ones(4 * G, 3 + T, dtype=torch.long), mask)
+    rollouts = amft.Rollouts([], batch, [], [], None, success, 0.0, 0.0)
+    rollouts.rewards = torch.zeros_like(mask)
+    rollouts.rewards[range(4 * G), mask.sum(1).long() - 1] = success.flatten()
+    config = amft.Config(advantage=advantage, samples=G, lam=1.0, device="cpu")
+    phi = torch.nn.Linear(12, 1).double() if advantage == "gae" else None
+    if phi is not None:  # a value of 0 everywhere: every token's return is the conversation's reward
+        phi.weight.data.zero_(), phi.bias.data.zero_()
+        baseline = torch.full((4 * G,), ((success.flatten() * mask.sum(1)).sum() / mask.sum()).item()).double()
+    else:  # the mean of a prompt's other samples
+        baseline = ((success.sum(1, keepdim=True) - success) / (G - 1)).flatten()
+    amft.add_advantages(model, phi, rollouts, config)
+    g_rl, tangent = amft.rl_gradient(model, phi, rollouts, config)[0], torch.randn_like(amft.flatten(model))
+
+    def weighted(h):
+        moved = copy.deepcopy(model)
+        vector_to_parameters(amft.flatten(model) + h * tangent, moved.parameters())
+        total = 0.0
+        for ids, words, m, r, b in zip(prompts, said, mask, success.flatten(), baseline):
+            logits = moved(torch.cat([ids, words]).unsqueeze(0)).logits[0].log_softmax(-1)
+            total += (r - b) * sum(m[t] * logits[2 + t, words[t]] for t in range(T))
+        return total.item() / (4 * G)
+    with torch.no_grad():
+        expected = (weighted(1e-5) - weighted(-1e-5)) / 2e-5
+    slope, error = amft.own_meta_gradient(g_rl, tangent, rollouts)
+    assert slope == pytest.approx(expected, rel=1e-5) and error == abs(slope) > 1e-4
+
+
+def test_mu_follows_the_logged_meta_gradients(tiny, tmp_path, monkeypatch):
+    """Every force again from the log, in a slow loop: what a step learns by its RL gradient moves the next mu, along
+    d theta/d mu of the step before it; what it learns on validation prompts moves its own."""
+    monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: "correct" if len(text) % 2 else "no_answer")
+    true_own, true_step, steps, asked = amft.own_meta_gradient, amft.step_sensitivity, [], []
+    monkeypatch.setattr(amft, "step_sensitivity", lambda *a, **k: steps.append(true_step(*a, **k)) or steps[-1])
+    monkeypatch.setattr(amft, "own_meta_gradient", lambda g, v, r: asked.append((len(steps), v)) or true_own(g, v, r))
+    rows = [r for r in tiny_run(tiny, tmp_path / "run", "--trace", "0.5") if r["kind"] == "step" and r["step"] > 3]
+    assert [count for count, _ in asked] == [1, 2, 3, 4, 5]
+    assert all(v is steps[count - 1][0] for count, v in asked)
+    assert [r["step"] for r in rows if r["meta_grad"] is not None] == [5, 7, 9]
+    for now, row in enumerate(rows):
+        new = [[]] * 6
+        for i, r in enumerate(rows[:now + 1]):  # what is new at each step
+            own = rows[i - 1]["meta_own"] if i else None
+            new[i] = [(own, own)] * bool(own) + [(r["meta_grad"], r["meta_se"])] * bool(r["meta_se"])
+        counted = [i for i in range(now + 1) if new[i]]  # evidence fades where there is new evidence
+        total = sum(0.98 ** (len(counted) - 1 - j) * x for j, i in enumerate(counted) for x, _ in new[i])
+        square = sum(0.98 ** (2 * (len(counted) - 1 - j)) * e * e for j, i in enumerate(counted) for _, e in new[i])
+        force = 0.05 * math.erf(total / math.sqrt(2 * square)) if new[now] else 0.0
+        assert row["meta_force"] == pytest.approx(force)
+    assert sum(r["meta_force"] != 0 for r in rows) >= 4
+    rows = tiny_run(tiny, tmp_path / "val", "--meta-on", "val")
+    assert all(r["meta_own"] is None for r in rows if r["kind"] == "step") and len(asked) == 5
+
+
 def test_published_settings_leave_mu_to_the_entropy_term(tokenizer):
     """Policy learning rate 1e-6, eta_mu 1e-4, a meta-gradient every 20 of 500 steps: mu moves by less than 1e-6."""
     config = amft.Config(controller="paper", eta_mu=1e-4, entropy=False, lr=1e-6, meta_on="val", trace=0.0, advantage="group", device="cpu")
@@ -270,12 +336,11 @@ def test_published_settings_leave_mu_to_the_entropy_term(tokenizer):
         theta, state.adam = amft.adamw_step(theta, (g_rl + g_sft) / 2, state.adam, lr=config.lr)
     state.theta = theta
     vector_to_parameters(theta, model.parameters())
-    state.step, config.warmup = config.meta_every - 1, 0
-    meta = amft.look_ahead(model, tokenizer, task, state, rng, config, rollouts)
+    meta = amft.look_ahead(model, tokenizer, task, state, rng, config)
     assert meta[1] > 0
     mu = 0.5
     for _ in range(500 // 20):  # all 25 updates in the same direction, and at the far end of the interval
-        mu, _, _ = amft.update_mu(mu, 1.0, 1.0, (abs(meta[0]) + 2 * meta[1], meta[1]), (0.0, 0.0), config)
+        mu, _, _ = amft.update_mu(mu, 1.0, 1.0, [(abs(meta[0]) + 2 * meta[1], meta[1])], (0.0, 0.0), config)
     assert 0 < mu - 0.5 < 1e-6, meta
 
 
@@ -309,22 +374,24 @@ def controller(**settings):
 def test_controller_on_hand_computed_values():
     update = amft.update_mu
     # Entropy 0.2 below target, no meta-gradient: Eq. 6 raises mu by 0.5 * 0.2; the paper's text lowers it.
-    assert update(0.5, 1.0, 1.2, None, (0.0, 0.0), controller())[0] == pytest.approx(0.6)
-    assert update(0.5, 1.0, 1.2, None, (0.0, 0.0), controller(entropy_sign="text"))[0] == pytest.approx(0.4)
-    assert update(0.5, 1.0, 1.2, None, (0.0, 0.0), controller(entropy=False))[0] == 0.5
+    assert update(0.5, 1.0, 1.2, (), (0.0, 0.0), controller())[0] == pytest.approx(0.6)
+    assert update(0.5, 1.0, 1.2, (), (0.0, 0.0), controller(entropy_sign="text"))[0] == pytest.approx(0.4)
+    assert update(0.5, 1.0, 1.2, (), (0.0, 0.0), controller(entropy=False))[0] == 0.5
     # Eq. 6 to the letter.
-    mu, _, forces = update(0.5, 1.0, 1.2, (-3.0, 1.0), (0.0, 0.0), controller(controller="paper"))
+    mu, _, forces = update(0.5, 1.0, 1.2, [(-3.0, 1.0)], (0.0, 0.0), controller(controller="paper"))
     assert mu == pytest.approx(0.5 - 0.3 + 0.1) and forces == pytest.approx((-0.3, 0.1))
-    assert update(0.5, 0.0, 9.0, None, (0.0, 0.0), controller())[0] == 0.9  # mu_max
-    assert update(0.5, 9.0, 0.0, None, (0.0, 0.0), controller())[0] == 0.1  # mu_min
+    assert update(0.5, 0.0, 9.0, (), (0.0, 0.0), controller())[0] == 0.9  # mu_max
+    assert update(0.5, 9.0, 0.0, (), (0.0, 0.0), controller())[0] == 0.1  # mu_min
     # Evidence: z = -2 moves mu by eta_mu (2 Phi(-2) - 1) = -0.1 * 0.9544997.
-    mu, evidence, forces = update(0.5, 1.0, 1.0, (-4.0, 2.0), (0.0, 0.0), controller())
+    mu, evidence, forces = update(0.5, 1.0, 1.0, [(-4.0, 2.0)], (0.0, 0.0), controller())
     assert forces[0] == pytest.approx(-0.09544997) and evidence == pytest.approx((-4.0, 4.0))
     # Then 0.5 * -4 + 2 = 0 with variance 0.25 * 4 + 9: contradicting evidence cancels.
-    mu, evidence, forces = update(mu, 1.0, 1.0, (2.0, 3.0), evidence, controller())
+    mu, evidence, forces = update(mu, 1.0, 1.0, [(2.0, 3.0)], evidence, controller())
     assert forces[0] == 0 and evidence == pytest.approx((0.0, 10.0))
     # No group with signal: nothing is known, nothing moves.
-    assert update(0.5, 1.0, 1.0, (0.0, 0.0), (0.0, 0.0), controller())[0] == 0.5
+    assert update(0.5, 1.0, 1.0, [(0.0, 0.0)], (0.0, 0.0), controller())[0] == 0.5
+    # Two new estimates enter side by side: the sum 3 - 4, variances 1 + 4; the old evidence fades once.
+    assert update(0.5, 1.0, 1.0, [(3.0, 1.0), (-4.0, 2.0)], (2.0, 8.0), controller())[1] == pytest.approx((0.0, 7.0))
 
 
 def test_evidence_does_not_depend_on_the_scale_of_the_meta_gradient_and_is_calibrated_without_signal():
@@ -334,7 +401,7 @@ def test_evidence_does_not_depend_on_the_scale_of_the_meta_gradient_and_is_calib
     for scale in (1.0, 1e-9):
         evidence, forces = (0.0, 0.0), []
         for x in noise * scale:
-            _, evidence, (force, _) = amft.update_mu(0.5, 1.0, 1.0, (x, scale), evidence, controller(eta_mu=1.0))
+            _, evidence, (force, _) = amft.update_mu(0.5, 1.0, 1.0, [(x, scale)], evidence, controller(eta_mu=1.0))
             forces.append(force)
         moves.append(np.array(forces))
     np.testing.assert_allclose(moves[0], moves[1], rtol=1e-6)

@@ -97,7 +97,8 @@ def rows_of_the_matrix():
     rows |= {f"amft {name}": [*rows["amft"], *flags] for name, flags in ABLATIONS.items()}
     fixed = rows["fixed"]
     rows |= {f"fixed {mu}": [*fixed[:-1], mu] for mu in MUS if [*fixed[:-1], mu] != fixed}
-    return rows
+    rows |= {f"fixed {mu} without warm-up": [*fixed[:-1], mu, "--warmup", "0"] for mu in MUS}
+    return rows | {"gac without warm-up": [*rows["gac"], "--warmup", "0"]}
 
 
 def clocked():
@@ -199,6 +200,9 @@ def tables(logs):
         columns |= {"sft, same time": ("sft-clocked", False), "sft, same time, early stopped": ("sft-clocked", True)}
     columns |= {f"fixed, mu = {mu}": (name, False) for mu, name in logs.sweep.items()
                 if name in logs.names and name != "fixed"}
+    cold = {f"{name.replace('-', ', mu = ', 1).replace('-', ' ', 1)}": (name, False) for name in logs.names
+            if name.endswith("-without-warm-up") and not name.startswith("amft")}
+    columns |= cold
     config = logs.of("amft", "config")[0]
     commits = sorted({logs.of(name, "config", seed)[0]["commit"][:12] for name, seed in logs.runs})
     base = {row["split"]: row for row in logs.of("amft", "eval", 0) if row["step"] == 0}
