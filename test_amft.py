@@ -293,12 +293,18 @@ def test_mu_follows_the_logged_meta_gradients(tiny, tmp_path, monkeypatch):
     """Every force again from the log, in a slow loop: what a step learns by its RL gradient moves the next mu, along
     d theta/d mu of the step before it; what it learns on validation prompts moves its own."""
     monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: "correct" if len(text) % 2 else "no_answer")
-    true_own, true_step, steps, asked = amft.own_meta_gradient, amft.step_sensitivity, [], []
-    monkeypatch.setattr(amft, "step_sensitivity", lambda *a, **k: steps.append(true_step(*a, **k)) or steps[-1])
-    monkeypatch.setattr(amft, "own_meta_gradient", lambda g, v, r: asked.append((len(steps), v)) or true_own(g, v, r))
+    true_own, steps, grads, asked = amft.own_meta_gradient, [], [], []
+
+    def recorded(name, results):
+        true = getattr(amft, name)
+        monkeypatch.setattr(amft, name, lambda *a, **k: results.append(true(*a, **k)) or results[-1])
+    recorded("step_sensitivity", steps)
+    recorded("rl_gradient", grads)
+    monkeypatch.setattr(amft, "own_meta_gradient",
+                        lambda g, v, r: asked.append((len(steps), g, v)) or true_own(g, v, r))
     rows = [r for r in tiny_run(tiny, tmp_path / "run", "--trace", "0.5") if r["kind"] == "step" and r["step"] > 3]
-    assert [count for count, _ in asked] == [1, 2, 3, 4, 5]
-    assert all(v is steps[count - 1][0] for count, v in asked)
+    assert [count for count, _, _ in asked] == [1, 2, 3, 4, 5]
+    assert all(g is grads[count][0] and v is steps[count - 1][0] for count, g, v in asked)
     assert [r["step"] for r in rows if r["meta_grad"] is not None] == [5, 7, 9]
     for now, row in enumerate(rows):
         new = [[]] * 6
@@ -317,7 +323,8 @@ def test_mu_follows_the_logged_meta_gradients(tiny, tmp_path, monkeypatch):
 
 def test_published_settings_leave_mu_to_the_entropy_term(tokenizer):
     """Policy learning rate 1e-6, eta_mu 1e-4, a meta-gradient every 20 of 500 steps: mu moves by less than 1e-6."""
-    config = amft.Config(controller="paper", eta_mu=1e-4, entropy=False, lr=1e-6, meta_on="val", trace=0.0, advantage="group", device="cpu")
+    config = amft.Config(controller="paper", eta_mu=1e-4, entropy=False, lr=1e-6, meta_on="val", trace=0.0,
+                         advantage="group", device="cpu")
     task, rng = tasks.GeneralPoints(), random.Random(SEED)
     model, _ = amft.load_policy(config, task)
     theta = amft.flatten(model)
@@ -327,7 +334,8 @@ def test_published_settings_leave_mu_to_the_entropy_term(tokenizer):
     def demos():
         return amft.encode_demos(model, tokenizer, [task.sample("train", rng) for _ in range(16)])
     for _ in range(50):  # the published warm-up; on fresh moments a few entries with g(mu) near 0 make heavy tails
-        theta, state.adam = amft.adamw_step(theta, amft.sft_gradient(model, demos(), config)[0], state.adam, lr=config.lr)
+        grad = amft.sft_gradient(model, demos(), config)[0]
+        theta, state.adam = amft.adamw_step(theta, grad, state.adam, lr=config.lr)
     for _ in range(3):
         rollouts = amft.explore(model, tokenizer, [task.sample("train", rng) for _ in range(16)], config)
         amft.add_advantages(model, None, rollouts, config)
@@ -612,7 +620,7 @@ def nothing_evaluated(*_):
 
 
 def published(method, logp, p, A, H, G):
-    """A demonstration's loss (B, T) as its paper prints it, with autograd through all that is not said to be constant."""
+    """A demonstration's loss (B, T) as its paper prints it; autograd goes through all that is not said to be constant."""
     return {"dft": lambda: -p.detach() * logp, "chord": lambda: -(p * (1 - p)).detach() * logp,
             "luffy": lambda: -A * p / (p + 0.1), "srft": lambda: -0.5 * math.exp(-H) * logp - A * p,
             "dyme": lambda: -logp / G}.get(method, lambda: -logp)()
@@ -943,7 +951,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tiny, tmp_path, capsys):
             (["--model", str(foreign)], "tokenizer cannot encode"), (["--max-new-tokens", "9"], "--max-new-tokens 9"),
             (["--device", "quantum"], "--device quantum"), (["--data", "x.jsonl"], "--data x.jsonl"),
             (["--task", "math", "--data", str(tmp_path / "none.jsonl")], "cannot be read"),
-            (["--task", "gp-vl", "--model", str(tiny)], "not a vision-language checkpoint"), (["--turns", "-1"], "--turns -1"), (["--demos", "3"], "--demos 3"),
+            (["--task", "gp-vl", "--model", str(tiny)], "not a vision-language checkpoint"),
+            (["--turns", "-1"], "--turns -1"), (["--demos", "3"], "--demos 3"),
             (["--resume", str(tmp_path / "empty")], "no run there"), (["--plot", str(tmp_path)], "no run there"),
             (["--resume", str(tmp_path), "--lr", "1"], "--resume goes alone")):
         error = fails([*argv, "--out", str(tmp_path / "unused")] if "--out" not in argv and "--resume" not in argv
@@ -1080,8 +1089,9 @@ def test_grader_on_every_bracketing():
     (answer("(1+2+3)(4)"), "illegal_formula"), (answer("(1+2+3*4"), "illegal_formula"), (answer(""), "illegal_formula"),
     (answer("(1+2+3))*4"), "illegal_formula"), (answer("01+2+3*4"), "illegal_formula"),
     (answer("(1+2+3)*\u0664"), "illegal_formula"), (answer("(1+2+3)*\uff14"), "illegal_formula"),
-    (answer("(1+2+3)//4"), "illegal_formula"), (answer("1.0+2+3*4"), "illegal_formula"), (answer("1 2+3*4"), "illegal_formula"),
-    (answer("1+2+3*4\n"), "illegal_formula"), (answer("9" * 50), "illegal_formula"), (answer("(" * 59), "illegal_formula"),
+    (answer("(1+2+3)//4"), "illegal_formula"), (answer("1.0+2+3*4"), "illegal_formula"),
+    (answer("1 2+3*4"), "illegal_formula"), (answer("1+2+3*4\n"), "illegal_formula"),
+    (answer("9" * 50), "illegal_formula"), (answer("(" * 59), "illegal_formula"),
     (answer("1+" * 40000 + "1"), "no_answer"), (answer("(" * 100_000), "no_answer"), ("[" * 100_000, "no_answer"),
     ("[" * 999, "no_answer"), ("9" * 999, "no_answer"), ("", "no_answer"), ("null", "no_answer"), ("[1]", "no_answer"),
     ("{}", "no_answer"), ('{"formula": 24}', "no_answer"), ('{"formula": ["24"]}', "no_answer"), ("NaN", "no_answer"),
@@ -1185,12 +1195,14 @@ def test_conversations_alone_and_in_company(name):
     episodes = [task.sample("train", rng) for _ in range(4)]
     rollouts = amft.rollout(model, tokenizer, episodes, 3, config.max_new_tokens, 2.0)  # hot: failures, retries, cuts
     if name in ("gp", "virl", "virl-vl"):
-        assert max(map(len, rollouts.responses)) > 1 and (rollouts.batch.attention[:, -rollouts.batch.mask.shape[1]:] == 0).any()
+        assert max(map(len, rollouts.responses)) > 1
+        assert (rollouts.batch.attention[:, -rollouts.batch.mask.shape[1]:] == 0).any()
     for batch in (rollouts.batch, amft.encode_demos(model, tokenizer, episodes)):
         with torch.no_grad():
             together = amft.logps_of(model, batch)
         for row in range(len(batch)):
-            torch.testing.assert_close(together[row][batch.mask[row].bool()], alone(model, batch, row), rtol=1e-3, atol=2e-3)
+            own = together[row][batch.mask[row].bool()]
+            torch.testing.assert_close(own, alone(model, batch, row), rtol=1e-3, atol=2e-3)
             for rows in (slice(row, row + 1), torch.tensor([row])):
                 part = batch[rows]
                 assert len(part) == 1 and torch.equal(part.pixels[0], batch.pixels[row])
@@ -1207,7 +1219,7 @@ def test_conversations_alone_and_in_company(name):
 
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_every_token_is_sampled_from_the_policy_that_is_trained(name, monkeypatch):
-    """The entropy that sampling saw, with its cache and its holes, is the entropy of training's logits, turn by turn."""
+    """The entropy that sampling saw, with its cache and its holes, is that of training's logits, turn by turn."""
     task, model, tokenizer, config = shipped(name, turns=2 if name == "gp" else 0)
     rng, columns = random.Random(SEED), []
     true = amft.Watcher.__call__
@@ -1216,7 +1228,8 @@ def test_every_token_is_sampled_from_the_policy_that_is_trained(name, monkeypatc
         columns.append(torch.where(self.done, torch.nan, -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)))
         return true(self, ids, logits)
     monkeypatch.setattr(amft.Watcher, "__call__", watch)
-    rollouts = amft.rollout(model, tokenizer, [task.sample("train", rng) for _ in range(4)], 2, config.max_new_tokens, 1.5)
+    episodes = [task.sample("train", rng) for _ in range(4)]
+    rollouts = amft.rollout(model, tokenizer, episodes, 2, config.max_new_tokens, 1.5)
     with torch.no_grad():
         logp = amft.outputs(model, rollouts.batch)[0].log_softmax(-1)
     trained = -(logp.exp() * logp).sum(-1)
@@ -1348,12 +1361,14 @@ def tiny_eyes(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_every_task_runs(name, tiny, tiny_eyes, tmp_path, capsys):
     rows = tiny_run(tiny_eyes if name.endswith("-vl") else tiny, tmp_path / name, "--task", name, "--max-new-tokens",
-                    "90" if name == "math" else "40", "--prompts", "4", "--steps", "3", "--warmup", "1", "--meta-prompts", "2")
+                    "90" if name == "math" else "40", "--prompts", "4", "--steps", "3", "--warmup", "1",
+                    "--meta-prompts", "2")
     evals, kinds = [row for row in rows if row["kind"] == "eval"], Counter(row["kind"] for row in rows)
     splits = set(tasks.TASKS[name].splits)
     assert kinds == {"config": 1, "step": 3, "eval": 3 * len(splits), "final": 1} and "val" in splits
     for row in evals:
-        assert ("step_accuracy" in row) == name.startswith("virl") and ("recognition" in row) == (name != "gp" and name != "math")
+        assert ("step_accuracy" in row) == name.startswith("virl")
+        assert ("recognition" in row) == (name not in ("gp", "math"))
         for measure in ("step_accuracy", "first_try", "recognition"):
             if measure in row:
                 share, low, high = row[measure]
@@ -1535,8 +1550,8 @@ def test_routes_are_walks_through_their_city():
             heading, legs = words[re.search("You face (\\w+)[.]", route.prompt)[1]], []
             for i, line in enumerate(route.lines):
                 if i % 2 == 0:
-                    relative, absolute = re.fullmatch(
-                        "(?:First, turn|Turn)(?: ((?:slightly )?(?:left|right)))?(?: to face (\\w+))?[.]", line).groups()
+                    said = "(?:First, turn|Turn)(?: ((?:slightly )?(?:left|right)))?(?: to face (\\w+))?[.]"
+                    relative, absolute = re.fullmatch(said, line).groups()
                     turn = (words[absolute] - heading) % 360
                     if relative:
                         expected = {45: "slightly right", 90: "right", 135: "right", 225: "left", 270: "left",
@@ -1572,8 +1587,8 @@ def test_routes_are_walks_through_their_city():
             lengths[len(actions)] += 1
             assert actions[-1] == "stop()" and actions.count("stop()") == 1
             turns = [action for action in actions if action.startswith("turn")]
-            assert len(turns) == len(legs) and all((a in words) == (not split.startswith("ood_rule"))
-                                                   for a in (re.fullmatch("turn_direction\\((.*)\\)", t)[1] for t in turns))
+            ways = [re.fullmatch("turn_direction\\((.*)\\)", turn)[1] for turn in turns]
+            assert len(turns) == len(legs) and all((a in words) != split.startswith("ood_rule") for a in ways)
             assert [stop.intersection for stop in route.stops if stop.action.startswith("turn")] == [False] + [True] * (
                 len(legs) - 1) and not any(s.intersection for s in route.stops if not s.action.startswith("turn"))
     assert min(lengths) >= 3 and max(lengths) <= 10 and len(lengths) > 4
@@ -1683,11 +1698,14 @@ def test_problems_of_different_roles_differ():
 @pytest.mark.parametrize("answer_, box, outcome", [
     ("1/2", "1/2", "correct"), ("1/2", "0.5", "correct"), ("1/2", "\\frac{1}{2}", "correct"), ("1/2", "2/4", "correct"),
     ("1/2", "\\dfrac{1}{2}", "correct"), ("1/2", " 1 / 2 ", "correct"), ("1/2", "$0.50$", "correct"),
-    ("1000", "1,000", "correct"), ("1,000", "1000.0", "correct"), ("-3", "-3", "correct"), ("-1/2", "-\\frac{1}{2}", "correct"), ("3", "-3", "wrong_answer"),
+    ("1000", "1,000", "correct"), ("1,000", "1000.0", "correct"), ("-3", "-3", "correct"),
+    ("-1/2", "-\\frac{1}{2}", "correct"), ("3", "-3", "wrong_answer"),
     ("7", "+7", "correct"), ("7", "007", "correct"), ("1/3", "0.333", "wrong_answer"), ("7", "8", "wrong_answer"),
-    ("1000", "1,00", "no_answer"), ("1000", "10,00", "no_answer"), ("7", "7 apples", "no_answer"), ("7", "x=7", "no_answer"),
+    ("1000", "1,00", "no_answer"), ("1000", "10,00", "no_answer"), ("7", "7 apples", "no_answer"),
+    ("7", "x=7", "no_answer"),
     ("7", "3+4", "no_answer"), ("7", "7e0", "no_answer"), ("7", "\u0667", "no_answer"), ("7", "--7", "no_answer"),
-    ("7", "\\frac{14}{2}x", "no_answer"), ("1/2", "1//2", "no_answer"), ("7", "7/0", "no_answer"), ("7", "\\frac{7}{0}", "no_answer"),
+    ("7", "\\frac{14}{2}x", "no_answer"), ("1/2", "1//2", "no_answer"), ("7", "7/0", "no_answer"),
+    ("7", "\\frac{7}{0}", "no_answer"),
     ("7", "7.", "no_answer"), ("7", "seven", "no_answer"), ("7", "", "no_answer"), ("1/2", "{1/2}", "no_answer"),
     ("x+1", "x+1", "correct"), ("x+1", "1+x", "wrong_answer"),
 ])
@@ -1711,12 +1729,16 @@ def test_a_readers_own_problems(tiny, tmp_path, capsys):
     for a, b in itertools.combinations(("train", "val", "heldout"), 2):
         assert not roles[a] & roles[b]
     assert 10 <= len(roles["heldout"]) <= 30 and 10 <= len(roles["val"]) <= 30
-    log = tiny_run(tiny, tmp_path / "run", "--task", "math", "--data", str(file), "--max-new-tokens", "60", "--steps", "5")
+    log = tiny_run(tiny, tmp_path / "run", "--task", "math", "--data", str(file), "--max-new-tokens", "60", "--steps",
+                   "5")
     assert log[-1]["kind"] == "final" and {r["split"] for r in log if r["kind"] == "eval"} == {"val", "id", "heldout"}
     good = json.dumps(rows[1])
-    for bad, says in (("{", "line 2: is not JSON"), ("[1]", 'line 2: "prompt" must'), ('{"prompt": "x"}', 'line 2: "solution" must'),
-                      (json.dumps(dict(rows[1], answer=7)), 'line 2: "answer" must'), ("[" * 10 ** 5, "line 2: is not JSON"),
-                      (json.dumps(dict(rows[1], answer="999")), 'line 2: the last box of "solution" is not "answer", 999')):
+    for bad, says in (("{", "line 2: is not JSON"), ("[1]", 'line 2: "prompt" must'),
+                      ('{"prompt": "x"}', 'line 2: "solution" must'),
+                      (json.dumps(dict(rows[1], answer=7)), 'line 2: "answer" must'),
+                      ("[" * 10 ** 5, "line 2: is not JSON"),
+                      (json.dumps(dict(rows[1], answer="999")),
+                       'line 2: the last box of "solution" is not "answer", 999')):
         file.write_text(good + "\n" + bad + "\n")
         error = fails(["--task", "math", "--data", str(file), "--model", tiny, "--out", str(tmp_path / "no")], capsys)
         assert says in error and len(error.splitlines()) == 1

@@ -5,8 +5,8 @@
 
 A method's seconds a step are those of its run (evaluations apart) divided by its steps; all methods have the same steps
 and responses. Quoted: the median over rounds, and the median over rounds of the ratio to `fixed` in the same round,
-which a noisy machine disturbs less. Memory: the highest resident size of the run's process less that of one which loads the
-policy and stops (on a GPU: what torch allocated at most).
+which a noisy machine disturbs less. Memory: the highest resident size of the run's process less that of one which loads
+the policy and stops (on a GPU: what torch allocated at most).
 """
 
 import argparse

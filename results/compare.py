@@ -3,13 +3,14 @@
     python results/compare.py              # what is missing: the search, then the matrix; then tables and figures
     python results/compare.py --tables     # tables and figures from the logs alone (figures need matplotlib)
     python results/compare.py --seeds 2    # fewer seeds; more can be added later
+    python results/compare.py --long       # also some of the rows for four times as many steps, three seeds
 
 All runs have the same optimiser steps and, but for SFT, the same number of sampled responses (SETTINGS; amft.py shares
 the budget out). SEARCH gives each method four settings, tried on one seed that no other run has and judged by success
 on val; the best is what the matrix runs. Nothing else is chosen by hand. Seeds are paired: a seed is the same training
 problems for every method. Finished runs are skipped, runs that were cut off are resumed, `--processes` run at a time
-with a thread each. Logs go to results/compare/NAME-SEED/ and results/search/METHOD-NUMBER/, tables to
-results/compare.md, figures beside it.
+with a thread each. Logs go to results/compare/NAME-SEED/ (long runs: results/long/) and results/search/METHOD-NUMBER/,
+tables to results/compare.md, figures beside it.
 """
 
 import argparse
@@ -58,9 +59,12 @@ ABLATIONS = {"without meta-gradient": ["--no-meta"], "without entropy": ["--no-e
              "entropy sign of the text": ["--entropy-sign", "text"],
              "one step ahead on val": ["--trace", "0", "--meta-on", "val"],
              "controller of the paper": ["--controller", "paper", "--trace", "0", "--meta-on", "val"]}
+COLD = "-without-warm-up"
 MUS = ("0.1", "0.3", "0.5", "0.7", "0.9")
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t
 POOLED = {"unseen": ("val", "heldout"), "ood": ("ood_rule", "ood_small")}  # means of splits, steadier than each
+LONG = ("rl", "sft-rl", "fixed", "chord", "amft", "amft without warm-up")  # for LONG_STEPS, with LONG_SEEDS seeds
+LONG_STEPS, LONG_SEEDS = 200, 3
 REACH = (0.1, 0.15)  # success rates on val of table (c)
 
 
@@ -77,8 +81,8 @@ def trial(method, number):
     return HERE / "search" / f"{method}-{number}"
 
 
-def cell(name, seed):
-    return HERE / "compare" / f"{name.replace(' ', '-')}-{seed}"
+def cell(name, seed, part="compare"):
+    return HERE / part / f"{name.replace(' ', '-')}-{seed}"
 
 
 def final_val(folder):
@@ -159,11 +163,11 @@ def interval(values):
 
 
 class Logs:
-    """All finished runs of the matrix: {(name, seed): rows}."""
+    """All finished runs of the matrix, or of another part: {(name, seed): rows}."""
 
-    def __init__(self):
+    def __init__(self, part="compare"):
         self.runs = {}
-        for folder in sorted((HERE / "compare").iterdir()):
+        for folder in sorted((HERE / part).glob("*-*")):
             name, seed = folder.name.rsplit("-", 1)
             if finished(folder):
                 self.runs[name, int(seed)] = log_of(folder)
@@ -171,7 +175,8 @@ class Logs:
         # The search may have picked a mu of the sweep, which then is not run twice.
         fixed = self.of("fixed", "config")[0]["mu"] if "fixed" in self.names else None
         self.sweep = {mu: "fixed" if float(mu) == fixed else f"fixed-{mu}" for mu in MUS}
-        self.splits = [*dict.fromkeys(row["split"] for row in self.of("sft", "eval")), *POOLED]
+        self.splits = [*dict.fromkeys(row["split"] for name, seed in self.runs for row in self.of(name, "eval", seed)),
+                       *POOLED]
 
     def seeds(self, name):
         return [seed for other, seed in self.runs if other == name]
@@ -200,9 +205,8 @@ def tables(logs):
         columns |= {"sft, same time": ("sft-clocked", False), "sft, same time, early stopped": ("sft-clocked", True)}
     columns |= {f"fixed, mu = {mu}": (name, False) for mu, name in logs.sweep.items()
                 if name in logs.names and name != "fixed"}
-    cold = {f"{name.replace('-', ', mu = ', 1).replace('-', ' ', 1)}": (name, False) for name in logs.names
-            if name.endswith("-without-warm-up") and not name.startswith("amft")}
-    columns |= cold
+    columns |= {name.removesuffix(COLD).replace("-", ", mu = ") + ", no warm-up": (name, False) for name in logs.names
+                if name.endswith(COLD) and not name.startswith("amft")}
     config = logs.of("amft", "config")[0]
     commits = sorted({logs.of(name, "config", seed)[0]["commit"][:12] for name, seed in logs.runs})
     base = {row["split"]: row for row in logs.of("amft", "eval", 0) if row["step"] == 0}
@@ -211,12 +215,15 @@ def tables(logs):
             f"`{' '.join(SETTINGS)}`, that is {config['steps']} optimiser steps and "
             f"{config['steps'] * config['prompts'] * config['samples']} responses, and what the search chose (below). "
             f"Greedy success in percent, n = {config['eval_n']} a split; mean over seeds and half-width of its 95% "
-            "t-interval. Base: 95% interval of the one policy over its deals, which counts multisets: that a split holds "
-            "about 110 of them, solved or missed as a whole, is a second uncertainty of every row, which seeds do not show. "
-            "unseen: mean of val and heldout; ood: mean of ood_rule and ood_small.", "", "## (a) Success"]
-    lines = [["base", "-", *("{:.1f} [{:.0f}, {:.0f}]".format(*(100 * base[s][k] for k in ("success", "low", "high")))
-                             if s in base else f"{100 * statistics.mean(base[part]['success'] for part in POOLED[s]):.1f}"
-                             for s in logs.splits)]]
+            "t-interval. Base: 95% interval of the one policy over its deals, which counts multisets: that a split "
+            "holds about 110 of them, solved or missed as a whole, is a second uncertainty of every row, which seeds do "
+            "not show. unseen: mean of val and heldout; ood: mean of ood_rule and ood_small.", "", "## (a) Success"]
+
+    def of_base(split):
+        if split in POOLED:
+            return f"{100 * statistics.mean(base[part]['success'] for part in POOLED[split]):.1f}"
+        return "{:.1f} [{:.0f}, {:.0f}]".format(*(100 * base[split][key] for key in ("success", "low", "high")))
+    lines = [["base", "-", *map(of_base, logs.splits)]]
     for title, (name, best) in columns.items():
         seeds = logs.seeds(name)
         lines.append([title, str(len(seeds)), *(interval([logs.success(name, seed, split, best) for seed in seeds])
@@ -263,6 +270,14 @@ def tables(logs):
                      f"{statistics.median(h[1] for h in hits):.0f}"] if hits else ["-", "-"]
         lines.append(line)
     text += markdown(["method", *(x for goal in REACH for x in (f"steps to {100 * goal:.0f}%", "responses"))], lines)
+    long = Logs("long")
+    if long.runs:
+        text += ["", "## (d) Four times as long", "", f"The same settings, chosen for {STEPS} steps, with {LONG_STEPS}: "
+                 f"{LONG_STEPS * config['prompts'] * config['samples']} responses."]
+        text += markdown(["method", "seeds", "mu at the end", *logs.splits], [
+            [name, str(len(seeds)), interval2([long.of(own, "final", seed)[0]["mu"] for seed in seeds]),
+             *(interval([long.success(own, seed, split) for seed in seeds]) for split in logs.splits)]
+            for name, own in ((name, name.replace(" ", "-")) for name in LONG) for seeds in [long.seeds(own)] if seeds])
     text += ["", "## What the runs did"]
     lines = []
     for name in logs.names:
@@ -281,13 +296,21 @@ def tables(logs):
     text += markdown(["run", "mean mu", "demonstrations a step", "responses", "rollouts correct, last 10 steps, %",
                       "entropy, last 10 steps",
                       "seconds, evaluations included"], lines)
-    z = {name: [row["meta_grad"] / row["meta_se"] for seed in logs.seeds(name) for row in logs.of(name, "step", seed)
-                if row["meta_se"]] for name in names}
-    text += ["", "Meta-gradients over their standard errors (z); sign test: probability of so uneven a split of signs "
-             "by chance, were they independent (with a trace, neighbours share their d theta/d mu: they are not)."]
-    text += markdown(["run", "estimates", "negative", "sign test p", "mean z", "abs(z) > 2"], [
-        [name.replace("-", " "), str(len(v)), str(sum(x < 0 for x in v)), f"{sign_test(v):.2g}",
-         f"{statistics.mean(v):+.2f}", str(sum(abs(x) > 2 for x in v))] for name, v in z.items() if v])
+    text += ["", "Signs of the meta-gradients, from conversations on val (with z, their size over their standard error) "
+             "and from the steps' own RL gradients; those that are 0, no group having had a signal, are left out. Sign "
+             "test: probability of so uneven a split of signs by chance, were they independent (with a trace, neighbours "
+             "share their d theta/d mu: they are not)."]
+    lines = []
+    for name in names:
+        steps = [row for seed in logs.seeds(name) for row in logs.of(name, "step", seed)]
+        z = [row["meta_grad"] / row["meta_se"] for row in steps if row["meta_se"]]
+        own = [row["meta_own"] for row in steps if row["meta_own"]]
+        if z:
+            lines.append([name.replace("-", " "), f"{sum(x < 0 for x in z)} of {len(z)}", f"{sign_test(z):.2g}",
+                          f"{statistics.mean(z):+.2f}", str(sum(abs(x) > 2 for x in z)),
+                          f"{sum(x < 0 for x in own)} of {len(own)}", f"{sign_test(own):.2g}"])
+    text += markdown(["run", "val: negative", "sign test p", "mean z", "abs(z) > 2", "own: negative", "sign test p"],
+                     lines)
     text += ["", "## The search", "", f"Seed {SEARCH_SEED}, success on val in percent after the run; nothing else was "
              "evaluated. Chosen: the best, the first of equals."]
     lines = []
@@ -305,6 +328,7 @@ def interval2(values):
 
 
 def sign_test(values):
+    """Two-sided; 1 of no values."""
     n, k = len(values), min(sum(x < 0 for x in values), sum(x >= 0 for x in values))
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n)
 
@@ -390,19 +414,22 @@ def figures(logs):
         column[1].set_xlabel("step")
     figure.savefig(HERE / "compare-mu.png", dpi=110)
 
-    sweep = {float(mu): name for mu, name in logs.sweep.items() if name in logs.names} | {0.0: "rl", 1.0: "sft"}
+    warm = {float(mu): name for mu, name in logs.sweep.items() if name in logs.names}
+    cold = {float(mu): f"fixed-{mu}{COLD}" for mu in MUS if f"fixed-{mu}{COLD}" in logs.names} | {0.0: "rl", 1.0: "sft"}
     figure, axes = plt.subplots(1, 5, figsize=(20, 4.2), layout="constrained")
     for axis, split in zip(axes, ("val", "heldout", "unseen", "id", "ood")):
-        groups = {mu: [logs.success(name, seed, split) for seed in logs.seeds(name)]
-                  for mu, name in sorted(sweep.items())}
-        axis.errorbar(list(groups), *zip(*map(mean_and_half, groups.values())), fmt="o-", capsize=3, color="black",
-                      label="fixed mu (0: rl, 1: sft)")
-        mean, half = mean_and_half([logs.success("amft", seed, split) for seed in logs.seeds("amft")])
-        axis.axhspan(mean - half, mean + half, alpha=0.25, color="C0", label="AMFT, 95%")
-        axis.axhline(mean, color="C0")
+        for colour, what, sweep, amft in (("C0", "ten steps of warm-up", warm, "amft"),
+                                          ("C1", "none", cold, f"amft{COLD}")):
+            groups = {mu: [logs.success(name, seed, split) for seed in logs.seeds(name)]
+                      for mu, name in sorted(sweep.items())}
+            axis.errorbar(list(groups), *zip(*map(mean_and_half, groups.values())), fmt="o-", capsize=3, color=colour,
+                          label=f"fixed mu, {what}")
+            mean, half = mean_and_half([logs.success(amft, seed, split) for seed in logs.seeds(amft)])
+            axis.axhspan(mean - half, mean + half, alpha=0.15, color=colour, label=f"AMFT, {what}, 95%")
+            axis.axhline(mean, color=colour, linestyle="--", linewidth=1)
         axis.axhline(statistics.mean(base[part] for part in POOLED.get(split, [split])), color="grey", linestyle=":",
                      label="base")
-        axis.set(title=split, xlabel="mu")
+        axis.set(title=split, xlabel="mu (0: rl, 1: sft)")
     axes[0].set_ylabel("greedy success, %")
     axes[0].legend(fontsize=8)
     figure.savefig(HERE / "compare-sweep.png", dpi=110)
@@ -412,6 +439,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="no runs, only tables and figures")
     parser.add_argument("--search", action="store_true", help="the search alone")
+    parser.add_argument("--long", action="store_true", help="the long runs too")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of every row")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, each with one thread")
     args = parser.parse_args()
@@ -430,6 +458,10 @@ def main():
         clock = clocked()
         run_all([(cell("sft clocked", seed), [*common, *clock, "--seed", str(seed)]) for seed in range(args.seeds)],
                 args.processes, "sft, same time")
+        if args.long:
+            run_all([(cell(name, seed, "long"), [*common, *rows_of_the_matrix()[name], "--steps", str(LONG_STEPS),
+                                                 "--seed", str(seed)])
+                     for seed in range(LONG_SEEDS) for name in LONG], args.processes, "long runs")
     logs = Logs()
     (HERE / "compare.md").write_text(tables(logs))
     print(tables(logs))

@@ -1,16 +1,16 @@
 """The recorded runs and their tables.
 
-    python results/run.py               # run what is missing (skips what is done, resumes what was cut off), then tables
+    python results/run.py               # run what is missing (resumes what was cut off), then tables
     python results/run.py --tables      # tables from the logs alone
     python results/run.py --only gp virl
     python results/run.py --tune        # the search that chose the defaults, evaluated on the split val alone
 
-For each task: SFT alone, RL alone, AMFT, three seeds, the same number of optimiser steps (50; in virl and virl-vl 40) and,
-but for gp, the task's default settings. Logs go to results/TASK/NAME-SEED/, tables to results/TASK.md and
-results/summary.md (for the search: results/tune/ and results/tune.md). Runs go two at a time with one thread each; every
-run is `python amft.py --task TASK` with the flags that `flags` gives it. The recorded logs are of commits before --method
-and the shared budget: their SFT and RL are --mu 1 and 0, and AMFT's controller sampled on top of what they sampled. The
-comparison of all methods, on General Points, is results/compare.py.
+For each task: SFT alone, RL alone, AMFT, three seeds, the same number of optimiser steps (50; in virl and virl-vl 40),
+the same number of responses (but for SFT) and, but for gp, the task's default settings; in virl and virl-vl also AMFT
+without warm-up. Logs go to results/TASK/NAME-SEED/, tables to results/TASK.md and results/summary.md (for the search:
+results/tune/ and results/tune.md). Runs go two at a time with one thread each; every run is `python amft.py --task
+TASK` with the flags that `flags` gives it. The recorded logs of SFT and RL are of commits before --method: there they
+are --mu 1 and 0, the same steps. The comparison of all methods, on General Points, is results/compare.py.
 """
 
 import argparse
@@ -29,12 +29,14 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 TASKS = ("gp", "virl", "math", "gp-vl", "virl-vl")
 SEEDS = (0, 1, 2)
-RUNS = ("SFT", "RL", "AMFT")
+RUNS = {"SFT": ["--method", "sft"], "RL": ["--method", "rl"], "AMFT": ["--method", "amft"],
+        "AMFT-without-warm-up": ["--method", "amft", "--warmup", "0"]}
+COLD = ("virl", "virl-vl")  # tasks of the last row
 
 
 def flags(task, name, seed):
     """The flags of a run."""
-    own = ["--method", name.lower(), "--steps", 40 if task.startswith("virl") else 50]
+    own = [*RUNS[name], "--steps", 40 if task.startswith("virl") else 50]
     light = ["--prompts", 8, "--meta-prompts", 8, "--eval-n", 300] if task == "gp" else []
     once = (name, seed) == ("AMFT", 0)  # the base is the same for every run
     return list(map(str, ["--task", task, "--seed", seed, *light, *own, "--evals", "all" if once else "last"]))
@@ -54,7 +56,7 @@ TUNE_SEED = 100
 VAL_ONLY = "import sys, amft, tasks; tasks.GeneralPoints.splits = {'val': ''}; amft.main(sys.argv[1:])"
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95%, by number of seeds
 MEASURES = {"success": "Greedy success", "first_try": "Success without a failed attempt",
-            "step_accuracy": "Accuracy of single responses (a failed route ends early: its later steps are not counted)",
+            "step_accuracy": "Accuracy of single responses (a failed route ends early: what would follow is not counted)",
             "recognition": "Responses that read their picture (in virl: their observation) right"}
 
 
@@ -102,8 +104,9 @@ def table(task):
     splits = list(dict.fromkeys(row["split"] for row in evals[first]))
     commits = sorted({rows(task, *key, "config")[0]["commit"][:12] for key in evals})
     lines = [f"# {task}: recorded runs", "", f"Made by `python results/run.py --only {task}` from the logs beside it; "
-             f"commit {', '.join(f'`{c}`' for c in commits)}, torch {config['torch']}, transformers {config['transformers']}.",
-             "", f"Percent, n = {config['eval_n']} greedy episodes for each split and run, the same for every run. Base: "
+             f"commit {', '.join(f'`{c}`' for c in commits)}, torch {config['torch']}, transformers "
+             f"{config['transformers']}.", "",
+             f"Percent, n = {config['eval_n']} greedy episodes for each split and run, the same for every run. Base: "
              "95% interval of the one policy over its episodes. Other rows: mean over seeds and half-width of its 95% "
              "t-interval. Each row's flags are in `results/run.py`."]
 
@@ -114,25 +117,28 @@ def table(task):
     for measure, title in MEASURES.items():
         if measure != "success" and measure not in evals[first][0]:
             continue
-        lines += ["", f"{title}:", "", "| run | seeds | " + " | ".join(splits) + " |", "|---|" + "---|" * (len(splits) + 1)]
+        lines += ["", f"{title}:", "", "| run | seeds | " + " | ".join(splits) + " |",
+                  "|---|" + "---|" * (len(splits) + 1)]
         base = ["{:.1f} [{:.1f}, {:.1f}]".format(*value(first, 0, split, measure)) for split in splits]
         lines.append(f"| base | - | {' | '.join(base)} |")
         for name, seeds in done.items():
             last = finals[name, seeds[0]]["step"]
             means = [interval([value((name, seed), last, split, measure)[0] for seed in seeds]) for split in splits]
-            lines.append(f"| {name} | {len(seeds)} | {' | '.join(means)} |")
+            lines.append(f"| {name.replace('-', ' ')} | {len(seeds)} | {' | '.join(means)} |")
     lines += ["", "| run | mu at the end | conversations sampled | minutes (one thread) |", "|---|---|---|---|"]
     for name, seeds in done.items():
         own = [finals[name, seed] for seed in seeds]
-        lines.append(f"| {name} | {interval([f['mu'] for f in own], '.2f')} | {own[0]['rollouts']} | "
+        lines.append(f"| {name.replace('-', ' ')} | {interval([f['mu'] for f in own], '.2f')} | {own[0]['rollouts']} | "
                      f"{statistics.mean(f['seconds'] for f in own) / 60:.1f} |")
-    metas = [(seed, r["meta_grad"] / r["meta_se"]) for seed in done.get("AMFT", ()) for r in rows(task, "AMFT", seed, "step")
-             if r["meta_se"]]
-    if metas:
-        z = [x for _, x in metas]
-        lines += ["", f"AMFT's meta-gradients, each over its standard error (z): {len(z)} estimates with a signal, "
-                  f"{sum(x < 0 for x in z)} negative, mean {statistics.mean(z):+.2f}, abs(z) > 2 in "
-                  f"{sum(abs(x) > 2 for x in z)}."]
+    for name in (name for name in done if name.startswith("AMFT")):
+        steps = [row for seed in done[name] for row in rows(task, name, seed, "step")]
+        z = [row["meta_grad"] / row["meta_se"] for row in steps if row["meta_se"]]
+        own = [row["meta_own"] for row in steps if row["meta_own"]]
+        if z:
+            lines += ["", f"{name.replace('-', ' ')}, meta-gradients: on val, each over its standard error (z), {len(z)} "
+                          f"with a signal, {sum(x < 0 for x in z)} negative, mean {statistics.mean(z):+.2f}, abs(z) > 2 "
+                          f"in {sum(abs(x) > 2 for x in z)}; by the steps' own RL gradients {len(own)}, "
+                          f"{sum(x < 0 for x in own)} negative."]
     (HERE / f"{task}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines) + "\n")
 
@@ -141,7 +147,8 @@ def summary():
     """Success of every task and split in one table, results/summary.md."""
     lines = ["# Success on every task and split", "", "Made by `python results/run.py` from the logs; percent, mean over "
              "the seeds and half-width of its 95% t-interval; more in the tables of each task.", "",
-             "| task | split | base | " + " | ".join(RUNS) + " |", "|---|---|---|" + "---|" * len(RUNS)]
+             "| task | split | base | " + " | ".join(name.replace("-", " ") for name in RUNS) + " |",
+             "|---|---|---|" + "---|" * len(RUNS)]
     for task in TASKS:
         base = [row for row in rows(task, "AMFT", 0, "eval") if row["step"] == 0]
         for i, row in enumerate(base):
@@ -178,7 +185,8 @@ def main():
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     jobs = [("tune", name, TUNE_SEED) for name in TUNE] if args.tune else [
-        (task, name, seed) for seed in SEEDS for task in args.only for name in reversed(RUNS)]
+        (task, name, seed) for seed in SEEDS for task in args.only for name in reversed(RUNS)
+        if task in COLD or name != "AMFT-without-warm-up"]
     jobs = [job for job in jobs if not rows(*job, "final")]
     if not args.tables:
         start = time.time()

@@ -6,11 +6,13 @@
 A fixed mixture (mu = 0.5) is trained as AMFT would be. At some of its steps, many conversations are sampled from the
 stepped policy on validation prompts, and dU/dmu is estimated from them for every trace: with so many, the estimate is
 good enough to tell its size from its noise. The noise is quoted for what a run can afford, 32 prompts x 8 samples.
-Other estimates from the same policy: on training prompts, which a run samples anyway; and the difference of success between theta' shifted half a unit of mu up and down, both sampled with the same random numbers. Log:
-results/snr.jsonl, table: results/snr.md.
+Other estimates from the same policy: on training prompts, which a run samples anyway, conversation by conversation and
+by the RL gradient alone (own_meta_gradient); and the difference of success between theta' shifted half a unit of mu up
+and down, both sampled with the same random numbers. Log: results/snr.jsonl, table: results/snr.md.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import random
@@ -35,10 +37,16 @@ AFFORD = 32, 8  # of a meta-gradient in a run
 
 
 def measure(model, tokenizer, episodes, state, sensitivities, config):
-    """{trace: (dU/dmu, its standard error, that of 32 prompts x 8 samples)} from one set of conversations."""
-    many = amft.dataclasses.replace(config, samples=SAMPLES)
+    """[(how, trace, dU/dmu, its standard error, that of 256 conversations)] from one set of conversations."""
+    many = dataclasses.replace(config, samples=SAMPLES)
     rollouts = amft.explore(model, tokenizer, episodes, many)
-    result, (P, G) = {}, AFFORD
+    result, (P, G) = [], AFFORD
+    amft.add_advantages(model, None, rollouts, many)
+    blocks = torch.arange(len(rollouts.batch)).split(P * G)  # the RL gradient's spread shows in parts of 256
+    grads = []
+    for rows in blocks:
+        part = dataclasses.replace(rollouts, batch=rollouts.batch[rows], advantages=rollouts.advantages[rows])
+        grads.append((part, amft.rl_gradient(model, None, part, many)[0]))
     for trace, sensitivity in sensitivities.items():
         dlogps = torch.zeros(len(rollouts.batch))
         for rows in amft.chunks((rollouts.success.std(1) > 0).repeat_interleave(SAMPLES), 256):
@@ -46,7 +54,10 @@ def measure(model, tokenizer, episodes, state, sensitivities, config):
         dlogps = dlogps.view_as(rollouts.success)
         few = [amft.meta_gradient(rollouts.success[:, i:i + G], dlogps[:, i:i + G])[1] for i in range(0, SAMPLES, G)]
         few = statistics.mean(few) * math.sqrt(len(episodes) / P)
-        result[trace] = (*amft.meta_gradient(rollouts.success, dlogps), few)
+        result.append(("by conversations", trace, *amft.meta_gradient(rollouts.success, dlogps), few))
+        own = [amft.own_meta_gradient(g, sensitivity[0], part)[0] for part, g in grads]
+        result.append(("by RL gradient", trace, statistics.mean(own), statistics.stdev(own) / math.sqrt(len(own)),
+                       statistics.stdev(own)))
     return result
 
 
@@ -88,11 +99,11 @@ def study(seed):
         state.theta, state.adam = amft.adamw_step(state.theta, g, state.adam, **how)
         vector_to_parameters(state.theta, model.parameters())
         if step in AT:
-            rows = [(source, trace, *values) for source in ("val", "train") for trace, values in measure(
-                model, tokenizer, draw(source, PROMPTS), state, sensitivities, config).items()]
+            rows = [(f"{source} {how}", *values) for source in ("val", "train") for how, *values in measure(
+                model, tokenizer, draw(source, PROMPTS), state, sensitivities, config)]
             episodes = draw("val", PROMPTS)
-            rows += [("difference", trace, *difference(model, tokenizer, episodes, state, sensitivities[trace], config))
-                     for trace in (0.0, 0.9)]
+            rows += [("val by difference", trace, *difference(
+                model, tokenizer, episodes, state, sensitivities[trace], config)) for trace in (0.0, 0.9)]
             with open(LOG, "a") as file:
                 for source, trace, value, error, afford in rows:
                     file.write(json.dumps(dict(seed=seed, step=step, source=source, trace=trace, value=value,
@@ -103,12 +114,12 @@ def table():
     rows = [json.loads(line) for line in LOG.read_text().splitlines()]
     lines = ["# Is the meta-gradient a signal?", "", "Made by `python results/snr.py` from `snr.jsonl`: "
              f"{len({r['seed'] for r in rows})} seeds, after steps {', '.join(map(str, AT))} of a fixed mixture; "
-             f"{PROMPTS} prompts x {SAMPLES} samples an estimate. Signal: root mean square of dU/dmu, less what the noise of the "
-             "estimates adds to it. Noise: standard error of what a run can afford, 256 responses. z: their ratio; "
-             "responses for z = 2: what a meta-gradient would have to sample to be that sure of its sign.", "",
+             f"{PROMPTS} prompts x {SAMPLES} samples an estimate. Signal: root mean square of dU/dmu, less what the "
+             "noise of the estimates adds to it. Noise: standard error of what a run can afford, 256 responses. z: their "
+             "ratio; responses for z = 2: what a meta-gradient would have to sample to be that sure of its sign.", "",
              "| estimated on | trace | dU/dmu, mean | negative | signal | noise of 256 | z of 256 | for z = 2 |",
              "|---|---|---|---|---|---|---|---|"]
-    for source in ("val", "train", "difference"):
+    for source in dict.fromkeys(r["source"] for r in rows):
         for trace in sorted({r["trace"] for r in rows if r["source"] == source}):
             own = [r for r in rows if (r["source"], r["trace"]) == (source, trace)]
             signal = statistics.mean(r["value"] ** 2 - r["error"] ** 2 for r in own)
