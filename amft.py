@@ -875,7 +875,7 @@ class State:
     step: int = 0
     evidence: tuple = (0.0, 0.0)
     sensitivity: tuple = None  # d theta/d mu (N,) of the last step, and the derivatives of Adam's moments
-    own: tuple = ()  # the last step's own_meta_gradient, for the next mu; () if there was none
+    own: tuple = ()  # (own_meta_gradient of the last step,), for the next mu; () if there was none
     target_entropy: float = None  # H*, set after the warm-up
     rollouts: int = 0  # conversations sampled, the controller's included
     sampled: tuple = (0, 0)  # the first step with rollouts, and how many steps had any
@@ -927,8 +927,8 @@ def train(config, out):
             # Eqs. 4-5, then Eq. 6; the step below uses the new mu.
             s.meta = state.own
             if looks_ahead(config, step):
-                row["meta_grad"], row["meta_se"] = look_ahead(model, tokenizer, task, state, rng, config)
-                s.meta += (row["meta_grad"], row["meta_se"]),
+                meta = row["meta_grad"], row["meta_se"] = look_ahead(model, tokenizer, task, state, rng, config)
+                s.meta = (*s.meta, meta)
             mu = rule.mu(s)
             row.update(meta_force=s.forces[0], entropy_force=s.forces[1], entropy=rollouts.entropy,
                        target_entropy=state.target_entropy)
@@ -955,8 +955,8 @@ def train(config, out):
             g = w_rl * g_rl + w_sft * g_sft  # the gradient of Eq. 3
             if config.meta and rollouts is not None:
                 if config.meta_on != "val" and state.sensitivity is not None and epoch == 0:
-                    state.own = own_meta_gradient(g_rl, state.sensitivity[0], rollouts),
-                    row["meta_own"] = state.own[0][0]
+                    meta = own_meta_gradient(g_rl, state.sensitivity[0], rollouts)
+                    state.own, row["meta_own"] = (meta,), meta[0]
                 state.sensitivity = step_sensitivity(state.theta, g_rl, g_sft, mu, state.adam, state.sensitivity,
                                                      config.trace, **how)
             row.update(grad_norm=g.norm().item(), grad_norm_rl=g_rl.norm().item(), grad_norm_sft=g_sft.norm().item(),

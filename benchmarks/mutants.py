@@ -32,7 +32,7 @@ MUTANTS = [
     ("amft.py", "len(mask)).item() * rollouts.scale", "len(mask)).item()", "own_meta"),
     ("amft.py", "slope = -(g_rl", "slope = (g_rl", "own_meta"),
     ("amft.py", "own_meta_gradient(g_rl, state.sensitivity[0]", "own_meta_gradient(g, state.sensitivity[0]", "own_meta or mu_follows"),
-    ("amft.py", "s.meta += (row[", "s.meta = (row[", "mu_follows"),
+    ("amft.py", "s.meta = (*s.meta, meta)", "s.meta = (meta,)", "mu_follows"),
     # the controller
     ("amft.py", "(target_entropy - entropy)", "(entropy - target_entropy)", "hand_computed"),
     ("amft.py", "residuals[unit] += hit - p", "residuals[len(residuals)] += hit - p", "clusters"),
