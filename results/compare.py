@@ -338,8 +338,9 @@ def figures(logs):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     main = [name for name in SEARCH if name in logs.names]
-    colours = dict(zip(main, plt.get_cmap("tab20").colors)) | {"amft": "black"}
-    markers = dict(zip(main, "osD^vP*X<>phd8Hs"))
+    cold = f"amft{COLD}"
+    colours = dict(zip(main, plt.get_cmap("tab20").colors)) | {"amft": "black", cold: "black"}
+    markers = dict(zip(main, "osD^vPDX<>phd8Hs")) | {cold: "*"}
 
     def mean_curve(name, key, width=5):
         """Over seeds and `width` steps at a time."""
@@ -353,11 +354,12 @@ def figures(logs):
     figure, axes = plt.subplots(1, 2, figsize=(15, 6.5), layout="constrained")
     for axis, across in zip(axes, ("ood", "unseen")):
         means = {}
-        for name in main:
+        for name in [*main, *[cold] * (cold in logs.names)]:
             points = [(logs.success(name, seed, "id"), logs.success(name, seed, across)) for seed in logs.seeds(name)]
             means[name] = tuple(map(statistics.mean, zip(*points)))
             axis.scatter(*zip(*points), s=18, alpha=0.45, color=colours[name], marker=markers[name])
-            axis.scatter(*means[name], s=90, color=colours[name], marker=markers[name], label=name, edgecolor="black")
+            axis.scatter(*means[name], s=90, color=colours[name], marker=markers[name], edgecolor="black",
+                         label=name.replace("-without-", ", no "))
         axis.scatter(base["id"], statistics.mean(base[part] for part in POOLED[across]), s=150, color="black",
                      marker="+", label="base")
         front = sorted(p for p in means.values()
@@ -390,13 +392,13 @@ def figures(logs):
     axes[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(HERE / "compare-curves.png", dpi=110)
 
-    adaptive = [name for name in ("amft", "gac", "sasr", "superrl", "hpt") if name in logs.names]
+    adaptive = [name for name in ("amft", cold, "gac", "sasr", "superrl", "hpt") if name in logs.names]
     figure, axes = plt.subplots(2, len(adaptive), figsize=(4 * len(adaptive), 6), layout="constrained", squeeze=False)
     for column, name in zip(axes.T, adaptive):
         for seed in logs.seeds(name):
             rows = logs.of(name, "step", seed)
             column[0].plot([r["step"] for r in rows], [r["mu"] for r in rows], linewidth=1)
-            if name == "amft":
+            if name.startswith("amft"):
                 for key, style in (("meta_force", "-"), ("entropy_force", ":")):
                     sums, total = [], 0.0
                     for row in rows:
@@ -410,16 +412,16 @@ def figures(logs):
                 norms = [(r["step"], r["grad_norm_sft"]) for r in rows if r["demos"]]
                 column[1].plot(*zip(*norms), linewidth=1)
                 column[1].set_title("norm of the SFT gradient", fontsize=9)
-        column[0].set(title=f"{name}: mu, a line a seed", ylim=(-0.03, 1.03))
+        column[0].set(title=f"{name.replace('-', ' ')}: mu, a line a seed", ylim=(-0.03, 1.03))
         column[1].set_xlabel("step")
     figure.savefig(HERE / "compare-mu.png", dpi=110)
 
     warm = {float(mu): name for mu, name in logs.sweep.items() if name in logs.names}
-    cold = {float(mu): f"fixed-{mu}{COLD}" for mu in MUS if f"fixed-{mu}{COLD}" in logs.names} | {0.0: "rl", 1.0: "sft"}
+    bare = {float(mu): f"fixed-{mu}{COLD}" for mu in MUS if f"fixed-{mu}{COLD}" in logs.names} | {0.0: "rl", 1.0: "sft"}
     figure, axes = plt.subplots(1, 5, figsize=(20, 4.2), layout="constrained")
     for axis, split in zip(axes, ("val", "heldout", "unseen", "id", "ood")):
         for colour, what, sweep, amft in (("C0", "ten steps of warm-up", warm, "amft"),
-                                          ("C1", "none", cold, f"amft{COLD}")):
+                                          ("C1", "none", bare, cold)):
             groups = {mu: [logs.success(name, seed, split) for seed in logs.seeds(name)]
                       for mu, name in sorted(sweep.items())}
             axis.errorbar(list(groups), *zip(*map(mean_and_half, groups.values())), fmt="o-", capsize=3, color=colour,
