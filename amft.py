@@ -104,7 +104,7 @@ class Config:
     clip: float = flag(0.2, "exploration", "PPO's clip range", 0, 1)
     ppo_epochs: int = flag(1, "exploration", "optimiser updates in a step, all on its one batch of rollouts", 1)
     gamma: float = flag(1.0, "exploration", "GAE's discount", 0, 1)
-    lam: float = flag(0.95, "exploration", "GAE's lambda", 0, 1)
+    lam: float = flag(1.0, "exploration", "GAE's lambda; below 1 it trusts phi, which biases the RL gradient", 0, 1)
     value_lr: float = flag(1e-3, "exploration", "learning rate of the value function phi", 0)
 
     switch: float = flag(0.5, "rules", "sft-rl: the share of the steps that are SFT", 0, 1)
@@ -491,6 +491,9 @@ def own_meta_gradient(g_rl, tangent, rollouts):
     sampled these too, on prompts drawn after the step, and the RL gradient is needed anyway: this costs one dot
     product. A single number has no spread to tell its error from; its size is never too small on average
     (E[x^2] >= Var[x]), and makes update_mu's z the self-normalised sum of x / sqrt(sum of x^2).
+
+    The RL gradient must be unbiased, whatever phi says: the group baseline, or gamma = lambda = 1. Otherwise its bias,
+    much the same at every step, agrees with what earlier RL steps did, and speaks for RL where all samples succeed.
     """
     mask = rollouts.batch.mask
     slope = -(g_rl @ tangent * mask.sum() / len(mask)).item() * rollouts.scale
@@ -1237,6 +1240,9 @@ def check_config(config):
     need(config.steps * (config.prompts - 1) >= looks * config.meta_prompts, "meta_prompts",
          f"less: {looks} meta-gradients would take more than the run's --steps x --prompts, "
          f"{config.steps} x {config.prompts}")
+    unbiased = config.advantage == "group" or config.gamma == config.lam == 1
+    need(unbiased or not config.meta or config.meta_on == "val", "meta_on", "val with --lam or --gamma below 1, or "
+         "--advantage group: a biased RL gradient is no estimate of dU/dmu")
     need(not config.keep_best or config.val_every, "val_every", "at least 1 with --keep-best")
     need(config.demos >= config.sft_batch, "demos", f"at least --sft-batch, {config.sft_batch}")
     need(config.samples > 1 or (config.advantage == "gae" and not config.meta), "samples",

@@ -265,7 +265,7 @@ def test_own_meta_gradient_is_the_slope_of_the_samples_utility(advantage):
     rollouts = amft.Rollouts([], batch, [], [], None, success, 0.0, 0.0)
     rollouts.rewards = torch.zeros_like(mask)
     rollouts.rewards[range(4 * G), mask.sum(1).long() - 1] = success.flatten()
-    config = amft.Config(advantage=advantage, samples=G, lam=1.0, device="cpu")
+    config = amft.Config(advantage=advantage, samples=G, device="cpu")
     phi = torch.nn.Linear(12, 1).double() if advantage == "gae" else None
     if phi is not None:  # a value of 0 everywhere: every token's return is the conversation's reward
         phi.weight.data.zero_(), phi.bias.data.zero_()
@@ -287,6 +287,33 @@ def test_own_meta_gradient_is_the_slope_of_the_samples_utility(advantage):
         expected = (weighted(1e-5) - weighted(-1e-5)) / 2e-5
     slope, error = amft.own_meta_gradient(g_rl, tangent, rollouts)
     assert slope == pytest.approx(expected, rel=1e-5) and error == abs(slope) > 1e-4
+
+
+def test_own_meta_gradient_is_unbiased_whatever_the_value_function_says():
+    """Sampled on the toy world with a value function that knows nothing: mean over repetitions = <grad U, tangent> by
+    enumeration, with lambda = 1; also where every response succeeds and U is flat. With a smaller lambda it is not."""
+    model, reward, _, _, _ = toy(0)
+    phi = roughened(torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.Tanh(), torch.nn.Linear(12, 1)).double())
+    tangent = torch.randn_like(amft.flatten(model))
+    with torch.no_grad():
+        probabilities = torch.stack([exact_logps(model, p).exp() for p in PROMPTS])
+
+    def z_of(reward, lam, B=384, repetitions=200):  # of the mean's distance from the truth
+        truth = (flat_grad(exact_utility(model, reward), model) @ tangent).item()
+        config, slopes = amft.Config(advantage="gae", lam=lam, device="cpu"), []
+        for _ in range(repetitions):
+            which = torch.randint(3, (B,))
+            samples = torch.multinomial(probabilities[which], 1).squeeze(1)
+            ids, mask = torch.cat([PROMPTS[which], ALL[samples]], 1), torch.ones(B, T, dtype=torch.float64)
+            success = reward[which, samples].view(-1, 8)
+            rollouts = amft.Rollouts([], amft.Batch(ids, torch.ones_like(ids), mask), [], [], None, success, 0.0, 0.0)
+            rollouts.rewards = success.reshape(-1, 1) * torch.tensor([0.0, 1.0], dtype=torch.float64)
+            amft.add_advantages(model, phi, rollouts, config)
+            g_rl = amft.rl_gradient(model, phi, rollouts, config)[0]
+            slopes.append(amft.own_meta_gradient(g_rl, tangent, rollouts)[0])
+        return (np.mean(slopes) - truth) / (np.std(slopes) / math.sqrt(repetitions))
+    assert abs(z_of(reward, 1.0)) < 4 and abs(z_of(torch.ones_like(reward), 1.0)) < 4
+    assert abs(z_of(torch.ones_like(reward), 0.0)) > 4
 
 
 def test_mu_follows_the_logged_meta_gradients(tiny, tmp_path, monkeypatch):
@@ -953,6 +980,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tiny, tmp_path, capsys):
             (["--task", "math", "--data", str(tmp_path / "none.jsonl")], "cannot be read"),
             (["--task", "gp-vl", "--model", str(tiny)], "not a vision-language checkpoint"),
             (["--turns", "-1"], "--turns -1"), (["--demos", "3"], "--demos 3"),
+            (["--lam", "0.95"], "--meta-on both: must be val with --lam"),
             (["--resume", str(tmp_path / "empty")], "no run there"), (["--plot", str(tmp_path)], "no run there"),
             (["--resume", str(tmp_path), "--lr", "1"], "--resume goes alone")):
         error = fails([*argv, "--out", str(tmp_path / "unused")] if "--out" not in argv and "--resume" not in argv
