@@ -6,11 +6,11 @@
     python results/run.py --tune        # the search that chose the defaults, evaluated on the split val alone
 
 For each task: SFT alone, RL alone, AMFT, three seeds, the same number of optimiser steps (50; in virl and virl-vl 40),
-the same number of responses (but for SFT) and, but for gp, the task's default settings; in virl and virl-vl also AMFT
-without warm-up. Logs go to results/TASK/NAME-SEED/, tables to results/TASK.md and results/summary.md (for the search:
+the same number of responses (but for SFT) and, but for gp, the task's default settings; in virl also AMFT without
+warm-up. Logs go to results/TASK/NAME-SEED/, tables to results/TASK.md and results/summary.md (for the search:
 results/tune/ and results/tune.md). Runs go two at a time with one thread each; every run is `python amft.py --task
-TASK` with the flags that `flags` gives it. The recorded logs of SFT and RL are of commits before --method: there they
-are --mu 1 and 0, the same steps. The comparison of all methods, on General Points, is results/compare.py.
+TASK` with the flags that `flags` gives it. The recorded logs of SFT are of commits before --method: there it is --mu 1,
+the same steps. The comparison of all methods, on General Points, is results/compare.py.
 """
 
 import argparse
@@ -31,7 +31,7 @@ TASKS = ("gp", "virl", "math", "gp-vl", "virl-vl")
 SEEDS = (0, 1, 2)
 RUNS = {"SFT": ["--method", "sft"], "RL": ["--method", "rl"], "AMFT": ["--method", "amft"],
         "AMFT-without-warm-up": ["--method", "amft", "--warmup", "0"]}
-COLD = ("virl", "virl-vl")  # tasks of the last row
+COLD = ("virl",)  # tasks of the last row
 
 
 def flags(task, name, seed):
