@@ -1098,14 +1098,15 @@ class Run:
         return success
 
     def finish(self, state, config):
-        self.write("final", step=state.step, mu=state.mu, rollouts=state.rollouts, seconds=round(state.seconds, 1))
+        mu = self.rows("step")[-1]["mu"]
+        self.write("final", step=state.step, mu=mu, rollouts=state.rollouts, seconds=round(state.seconds, 1))
         stages = {config.warmup: "after warm-up", 0: "base", config.steps: "final"}
         evals = [row for row in self.rows("eval") if row["whole"]]
         columns = {name: [row for row in evals if row["step"] == step and not row["best"]]
                    for step, name in sorted(stages.items())}
         columns[f"best on val (step {state.best[1]})"] = [row for row in evals if row["best"]]
         print_table({name: rows for name, rows in columns.items() if rows})
-        print(f"{state.step} steps, {state.rollouts} rollouts, {state.seconds / 60:.1f} minutes, mu {state.mu:.3f}; "
+        print(f"{state.step} steps, {state.rollouts} rollouts, {state.seconds / 60:.1f} minutes, mu {mu:.3f}; "
               f"log and policy in {self.folder}")
 
 

@@ -744,6 +744,8 @@ def test_the_budget_and_batches_without_signal(method, tiny, tmp_path, monkeypat
         spent = rows[-1]["rollouts"]
         assert len(steps) == 6 and (spent == budget or method in ("sasr", "relift") and 0 < spent < budget)
         assert all(math.isfinite(row[key]) for row in steps for key in row if isinstance(row[key], float))
+        if method in ("sft", "dft", "rl"):
+            assert rows[-1]["mu"] == steps[-1]["mu"] == (method != "rl")
         if outcome == "correct" and method in ("superrl", "hpt", "dyme", "rl", "sft-rl"):
             assert all(row["demos"] == 0 and row["grad_norm"] == 0 for row in steps if row["entropy"] is not None)
 

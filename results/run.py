@@ -128,7 +128,8 @@ def table(task):
     lines += ["", "| run | mu at the end | conversations sampled | minutes (one thread) |", "|---|---|---|---|"]
     for name, seeds in done.items():
         own = [finals[name, seed] for seed in seeds]
-        lines.append(f"| {name.replace('-', ' ')} | {interval([f['mu'] for f in own], '.2f')} | {own[0]['rollouts']} | "
+        mus = [rows(task, name, seed, "step")[-1]["mu"] for seed in seeds]
+        lines.append(f"| {name.replace('-', ' ')} | {interval(mus, '.2f')} | {own[0]['rollouts']} | "
                      f"{statistics.mean(f['seconds'] for f in own) / 60:.1f} |")
     for name in (name for name in done if name.startswith("AMFT")):
         steps = [row for seed in done[name] for row in rows(task, name, seed, "step")]
