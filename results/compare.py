@@ -63,7 +63,7 @@ COLD = "-without-warm-up"
 MUS = ("0.1", "0.3", "0.5", "0.7", "0.9")
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t
 POOLED = {"unseen": ("val", "heldout"), "ood": ("ood_rule", "ood_small")}  # means of splits, steadier than each
-LONG = ("rl", "sft-rl", "chord", "amft", "amft without warm-up")  # for LONG_STEPS, with LONG_SEEDS seeds
+LONG = ("rl", "amft", "amft without warm-up")  # for LONG_STEPS, with LONG_SEEDS seeds
 LONG_STEPS, LONG_SEEDS = 150, 3
 REACH = (0.1, 0.15)  # success rates on val of table (c)
 
