@@ -33,6 +33,8 @@ MUTANTS = [
     ("amft.py", "slope = -(g_rl", "slope = (g_rl", "own_meta"),
     ("amft.py", "own_meta_gradient(g_rl, state.sensitivity[0]", "own_meta_gradient(g, state.sensitivity[0]", "own_meta or mu_follows"),
     ("amft.py", "s.meta = (*s.meta, meta)", "s.meta = (meta,)", "mu_follows"),
+    ("amft.py", "config.gamma == config.lam == 1", "True", "bad_input"),
+    ("amft.py", "mu = self.rows(\"step\")[-1][\"mu\"]", "mu = state.mu", "the_budget"),
     # the controller
     ("amft.py", "(target_entropy - entropy)", "(entropy - target_entropy)", "hand_computed"),
     ("amft.py", "residuals[unit] += hit - p", "residuals[len(residuals)] += hit - p", "clusters"),

@@ -253,6 +253,10 @@ def tables(logs):
         for name in names])
     text += markdown(["less the full AMFT", *logs.splits], [[name.replace("-", " "), *differences(name)]
                                                             for name in names[1:]])
+    bare = [name for name in logs.names if name.endswith(COLD) and not name.startswith("amft")]
+    text += ["", "Paired difference from AMFT without warm-up of what has none either:"]
+    text += markdown(["method", *logs.splits], [[name.replace("-", " "), *differences(name, against=f"amft{COLD}")]
+                                                for name in ("rl", "chord", "cosine", "sft", *bare)])
     text += ["", "## (c) Steps and responses to reach a success rate on val", "", "First evaluation (every "
              f"{config['val_every']} steps) at or above it: median over the seeds that got there, and how many did."]
     lines = []
