@@ -1,0 +1,129 @@
+"""Logs: the rows of a run, and a study of many runs in one table.
+
+    python compare/logs.py pack runs/STUDY       # its finished runs into compare/recorded/STUDY.jsonl
+
+A run is a folder with metrics.jsonl, as amft.py writes it. A study is a folder of runs named NAME-SEED, with spec.json
+(see matrix.py) beside them; a NAME may have a part before a slash, its group: search/amft.0, gp/rl. A table has one
+JSON object a line: first the spec, then every row of every run, with the run's name and seed. Kept is what tables.py
+and plot.py read (KEEP); nulls are left out, and floats have six digits.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+RECORDED = Path(__file__).resolve().parent / "recorded"
+KEEP = {"step": ("step", "mu", "meta_grad", "meta_se", "meta_own", "meta_force", "entropy_force", "entropy", "success",
+                 "demos", "rollouts", "grad_norm_sft"),
+        "eval": ("step", "best", "split", "n", "success", "low", "high", "any", "greedy", "first_try", "step_accuracy",
+                 "recognition")}  # of the other kinds, all
+
+
+class Row(dict):
+    """A row of a log. What it lacks is None: a table stores no nulls, and logs of other days had other keys."""
+
+    def __missing__(self, key):
+        return None
+
+
+def read(folder):
+    """The rows of a run; a last line that was cut off is not one."""
+    log = Path(folder) / "metrics.jsonl"
+    return [Row(json.loads(line)) for line in log.read_text().split("\n")[:-1]] if log.exists() else []
+
+
+def finished(rows):
+    return any(row["kind"] == "final" for row in rows)
+
+
+def slim(value):
+    if isinstance(value, list):
+        return [slim(x) for x in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def collect(folder):
+    """The rows of a study's table, from its folder."""
+    folder = Path(folder)
+    table = [dict(kind="spec", **json.loads((folder / "spec.json").read_text()))]
+    for log in sorted(folder.rglob("metrics.jsonl")):
+        rows, (run, seed) = read(log.parent), str(log.parent.relative_to(folder)).rsplit("-", 1)
+        for row in rows if finished(rows) else ():
+            kept = KEEP.get(row["kind"], row)
+            if not (run.startswith("search/") and row["kind"] == "step"):  # a trial is judged by its evaluation alone
+                table.append({"run": run, "seed": int(seed), "kind": row["kind"]}
+                             | {key: slim(row[key]) for key in kept if row[key] is not None})
+    return table
+
+
+def write(path, table):
+    path.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in table))
+
+
+def recorded(study):
+    return [json.loads(line) for line in (RECORDED / f"{study}.jsonl").read_text().splitlines()]
+
+
+class Study:
+    """The runs of one group of a table: {(name, seed): rows}."""
+
+    def __init__(self, table, group=""):
+        self.spec, self.group, self.runs = table[0], group, {}
+        self.groups = list(dict.fromkeys(row["run"].rpartition("/")[0] for row in table[1:]))
+        for row in table[1:]:
+            of, _, name = row["run"].rpartition("/")
+            if of == group:
+                self.runs.setdefault((name, row["seed"]), []).append(Row(row))
+        names = list(dict.fromkeys(name for name, _ in self.runs))
+        order = [name.removeprefix(f"{group}/") for name in self.spec.get("runs", ())]
+        self.names = sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+        evals = [row for rows in self.runs.values() for row in rows if row["kind"] == "eval"]
+        self.pooled = self.spec.get("pooled", {})
+        self.splits = [*dict.fromkeys(row["split"] for row in evals), *self.pooled]
+        self.base = {row["split"]: row for row in reversed(evals) if row["step"] == 0}  # of the first run that has it
+        self.success = "success" if any(row["greedy"] is not None for row in evals) else "greedy success"
+
+    def seeds(self, name):
+        return [seed for other, seed in self.runs if other == name]
+
+    def of(self, name, kind, seed=None):
+        """The rows of one kind, of one seed or of all."""
+        return [row for own in ([seed] if seed is not None else self.seeds(name)) for row in self.runs[name, own]
+                if row["kind"] == kind]
+
+    def at_end(self, name, seed, split, best=False, measure="success"):
+        """The last evaluation of a split in percent; with `best`, of the policy that was best on val."""
+        if split in self.pooled:
+            return statistics.mean(self.at_end(name, seed, part, best, measure) for part in self.pooled[split])
+        return 100 * first([row[measure] for row in self.of(name, "eval", seed)
+                            if bool(row["best"]) == best and row["split"] == split][-1])
+
+    def ends(self, name, split, best=False, measure="success"):
+        return [self.at_end(name, seed, split, best, measure) for seed in self.seeds(name)]
+
+
+def first(value):
+    """Of a share that was stored with its interval, the share."""
+    return value[0] if isinstance(value, list) else value
+
+
+def chosen(table, name):
+    """The number of a run's best trial on val in the search; the first of equals."""
+    *group, last = name.split("/")
+    trials, search = table[0]["runs"][name], Study(table, "/".join(["search", *group]))
+    return max(range(len(trials)), key=lambda i: search.at_end(f"{last}.{i}", table[0]["search"]["seed"], "val"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["pack"])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    table = collect(folder)
+    write(RECORDED / f"{folder.resolve().name}.jsonl", table)
+    print(f"{sum(row['kind'] == 'final' for row in table)} runs in {RECORDED / folder.resolve().name}.jsonl")
+
+
+if __name__ == "__main__":
+    main()
