@@ -46,7 +46,7 @@ def slim(value):
 def collect(folder):
     """The rows of a study's table, from its folder."""
     folder = Path(folder)
-    table = [dict(kind="spec", **json.loads((folder / "spec.json").read_text()))]
+    table = [{"kind": "spec"} | json.loads((folder / "spec.json").read_text())]
     for log in sorted(folder.rglob("metrics.jsonl")):
         rows, (run, seed) = read(log.parent), str(log.parent.relative_to(folder)).rsplit("-", 1)
         for row in rows if finished(rows) else ():

@@ -1,0 +1,134 @@
+"""A matrix of runs: some methods, each with its flags, times some seeds.
+
+    python compare/matrix.py STUDY.json                             # what is missing, into runs/STUDY/
+    python compare/matrix.py STUDY.json --jobs 4 --only 'amft*' --list
+    python compare/logs.py pack runs/STUDY && python compare/tables.py STUDY && python compare/plot.py STUDY
+
+STUDY.json is a spec (a recorded table, whose first line is one, does as well):
+
+    {"common": "--task gp --steps 300 --val-every 25",
+     "seeds": [0, 1, 2, 3, 4],
+     "search": {"seed": 100, "flags": "--eval-n 300"},
+     "runs": {"rl": "--method rl",
+              "fixed": ["--method fixed --mu 0.3", "--method fixed --mu 0.7"],
+              "amft": ["--method amft --eta-mu 0.02", "--method amft --eta-mu 0.05"],
+              "amft-without-warm-up": "@amft --warmup 0"}}
+
+A list is searched first: each of its entries runs with the search's seed and flags, and the one that is best on val at
+the end, the first of equals, runs with every seed. @NAME stands for the flags of a run above. A name holds no spaces;
+its part before a slash is its group, with tables of its own: gp/rl, virl/rl. For tables.py: "reference" (the run that
+others are compared with; amft), "pooled" ({"ood": ["ood_rule", "ood_small"]}: means of splits), "reach" ([0.5]: rates
+on val to be reached).
+
+Each run is `python compare/rivals.py` with the common flags, its own, --seed and --out, in a process and with a thread
+of its own; what it prints goes to NAME-SEED.txt beside its folder. Finished runs are skipped, a run that was cut off
+goes on from its last state. Of a finished run the log stays; its state and policy go, unless --keep.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from compare.logs import chosen, collect, finished, read  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = [sys.executable, "compare/rivals.py"]
+
+
+def trials(spec, only="*"):
+    """[(name, seed, flags)] of the search."""
+    return [(f"search/{name}.{i}", spec["search"]["seed"], f"{flags} {spec['search'].get('flags', '')}")
+            for name, own in spec["runs"].items() if isinstance(own, list) and fnmatch.fnmatch(name, only)
+            for i, flags in enumerate(own)]
+
+
+def cells(spec, folder, only="*"):
+    """[(name, seed, flags)] of the matrix, seed by seed, once the search is done."""
+    table = collect(folder)
+
+    def flags(name):
+        own = spec["runs"][name]
+        if isinstance(own, list):
+            return own[chosen(table, name)]
+        other, _, more = own[1:].partition(" ")
+        return f"{flags(other)} {more}" if own.startswith("@") else own
+    return [(name, seed, flags(name)) for seed in spec["seeds"] for name in spec["runs"] if fnmatch.fnmatch(name, only)]
+
+
+def run(out, flags, args):
+    """One run in a process of its own; its exit code."""
+    screen = Path(f"{out}.txt")
+    if (out / "state.pt").exists():
+        command = ["--resume", str(out)]
+    else:
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        screen.write_text(shlex.join(flags) + "\n")
+        command = [*flags, "--out", str(out)]
+    with open(screen, "a") as file:
+        code = subprocess.run([*PROGRAM, *command], stdout=file, stderr=file, cwd=ROOT,
+                              env=dict(os.environ, OMP_NUM_THREADS=str(args.threads))).returncode
+    if finished(read(out)) and not args.keep:
+        shutil.rmtree(out / "final", ignore_errors=True)
+        (out / "state.pt").unlink(missing_ok=True)
+    return code
+
+
+def run_all(jobs, folder, spec, args):
+    """What is missing of these runs, `args.jobs` at a time. True if all are finished."""
+    jobs = {folder / f"{name}-{seed}": [*shlex.split(f"{spec['common']} {flags}"), "--seed", str(seed)]
+            for name, seed, flags in jobs}
+    for out, flags in jobs.items():
+        screen = Path(f"{out}.txt")
+        began = screen.read_text().split("\n")[0] if screen.exists() else shlex.join(flags)
+        if began != shlex.join(flags):
+            sys.exit(f"{out} was run with other flags than the spec's: {began}\nremove it, or name the new run otherwise")
+    missing = {out: flags for out, flags in jobs.items() if not finished(read(out))}
+    print(f"{len(jobs)} runs, {len(missing)} to do", flush=True)
+    if args.list:
+        for out, flags in missing.items():
+            print(shlex.join([*PROGRAM[1:], *flags, "--out", str(out.relative_to(ROOT))]))
+        return not missing
+    start = time.time()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(run, out, flags, args): out for out, flags in missing.items()}
+        for i, future in enumerate(as_completed(futures), 1):
+            out, minutes = futures[future], (time.time() - start) / 60
+            val = [row["success"] for row in read(out) if row["kind"] == "eval" and row["split"] == "val"]
+            what = f"failed, see {out}.txt" if future.result() else f"val {val[-1]:.3f}" if val else "done"
+            print(f"{i}/{len(missing)}  {minutes:.1f} of about {minutes / i * len(missing):.1f} min  "
+                  f"{out.relative_to(folder)}  {what}", flush=True)
+    return all(finished(read(out)) for out in jobs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--only", default="*", help="the runs whose name matches")
+    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("--keep", action="store_true", help="keep states and policies of finished runs")
+    args = parser.parse_args()
+    text = args.spec.read_text()
+    spec = json.loads(text.split("\n")[0] if args.spec.suffix == ".jsonl" else text)
+    folder = ROOT / "runs" / args.spec.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spec.json").write_text(json.dumps(spec))
+    if not run_all(trials(spec, args.only), folder, spec, args):
+        sys.exit(None if args.list else "the search is not done")
+    if not run_all(cells(spec, folder, args.only), folder, spec, args) and not args.list:
+        sys.exit("not all runs are done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Figures (needs matplotlib): of recorded studies, from compare/recorded/STUDY.jsonl alone, or the curves of one run.
+
+    python compare/plot.py compare        # compare/recorded/compare-{pareto,curves,mu,sweep}.png
+    python compare/plot.py compare long   # of its group long: compare-long-{curves,mu}.png
+    python compare/plot.py runs/gp        # runs/gp/curves.png
+"""
+
+import argparse
+import statistics
+import sys
+from itertools import accumulate, cycle
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from compare.logs import RECORDED, Study, read, recorded  # noqa: E402
+from compare.tables import mean_and_half, searched  # noqa: E402
+
+COLD = "-without-warm-up"
+ADAPTIVE = ("amft", f"amft{COLD}", "gac", "sasr", "superrl", "hpt")
+
+
+def plot_run(folder):
+    """Success; imitation; mu with the running sums of its two forces; entropy and its target."""
+    rows = read(folder)
+    steps, evals = ([row for row in rows if row["kind"] == kind] for kind in ("step", "eval"))
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
+
+    def curve(axis, key, label=None, total=False, **style):
+        points = [(row["step"], row[key]) for row in steps if row[key] is not None]
+        if points:
+            x, y = zip(*points)
+            axis.plot(x, list(accumulate(y)) if total else y, label=label or key, **style)
+    curve(axes[0], "success", "training problems, sampled", color="lightgrey")
+    for split in dict.fromkeys(row["split"] for row in evals):
+        points = [(row["step"], row["success"]) for row in evals if row["split"] == split]
+        axes[0].plot(*zip(*points), "o--", label=split, linewidth=0.8, markersize=4)
+    curve(axes[1], "sft_loss")
+    curve(axes[1], "implicit_reward")
+    curve(axes[2], "mu", color="black")
+    curve(axes[2], "meta_force", "sum of meta-gradient forces", total=True)
+    curve(axes[2], "entropy_force", "sum of entropy forces", total=True)
+    curve(axes[3], "entropy")
+    curve(axes[3], "target_entropy", "target H*", linestyle=":")
+    for axis, title in zip(axes, ("success", "imitation", "mu and its two forces", "entropy (nats a token)")):
+        axis.set(title=title, xlabel="step")
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.savefig(Path(folder) / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+def styles(study, names):
+    amft = {name: "black" for name in names if name in ("amft", f"amft{COLD}")}
+    return (dict(zip(names, cycle(plt.get_cmap("tab20").colors))) | amft,
+            dict(zip(names, cycle("osD^vPDX<>phd8Hs"))) | {f"amft{COLD}": "*"})
+
+
+def methods(study):
+    """What is drawn: the runs that were searched, or all."""
+    return searched(study) or study.names
+
+
+def base(study, split):
+    return statistics.mean(100 * study.base[part]["success"] for part in study.pooled.get(split, [split]))
+
+
+def pareto(study):
+    """In against out of distribution."""
+    names = methods(study)
+    names += [f"amft{COLD}"] * (f"amft{COLD}" in study.names and f"amft{COLD}" not in names)
+    colours, markers = styles(study, names)
+    figure, axes = plt.subplots(1, 2, figsize=(15, 6.5), layout="constrained")
+    for axis, across in zip(axes, ("ood", "unseen")):
+        means = {}
+        for name in names:
+            points = list(zip(study.ends(name, "id"), study.ends(name, across)))
+            means[name] = tuple(map(statistics.mean, zip(*points)))
+            axis.scatter(*zip(*points), s=18, alpha=0.45, color=colours[name], marker=markers[name])
+            axis.scatter(*means[name], s=90, color=colours[name], marker=markers[name], edgecolor="black",
+                         label=name.replace("-without-", ", no "))
+        axis.scatter(base(study, "id"), base(study, across), s=150, color="black", marker="+", label="base")
+        front = sorted(p for p in means.values()
+                       if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in means.values()))
+        axis.plot(*zip(*front), color="grey", linestyle="--", linewidth=1, label="Pareto front of the means", zorder=0)
+        axis.set(xlabel=f"id: training multisets, {study.success}, %",
+                 ylabel=f"{across}: mean of {' and '.join(study.pooled[across])}, %")
+    axes[0].set_title("In against out of distribution: a small mark a seed, a large one the mean")
+    axes[1].set_title("Training multisets against others of the same rule")
+    axes[1].legend(fontsize=8, ncols=2)
+    return figure
+
+
+def curves(study, width=5):
+    """Entropy and success of the rollouts, over seeds and `width` steps at a time; success on val."""
+    names = methods(study)
+    colours, _ = styles(study, names)
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    for name in names:
+        style = dict(color=colours[name], label=name, linewidth=1.2 + (name == "amft"))
+        for axis, key in zip(axes, ("entropy", "success")):
+            windows = {}
+            for row in study.of(name, "step"):
+                if row[key] is not None:
+                    windows.setdefault((row["step"] - 1) // width, []).append(row[key])
+            if windows:
+                axis.plot([width * (i + 0.5) for i in sorted(windows)],
+                          [statistics.mean(windows[i]) for i in sorted(windows)], **style)
+        val = {}
+        for row in study.of(name, "eval"):
+            if row["split"] == "val" and not row["best"]:
+                val.setdefault(row["step"], []).append(100 * row["success"])
+        val = {step: values for step, values in val.items() if len(values) >= len(study.seeds(name))}
+        axes[2].plot(list(val), [statistics.mean(values) for values in val.values()], marker=".", **style)
+    for axis, title in zip(axes, ("entropy of the rollouts (nats a token)", "share of rollouts correct",
+                                  f"{study.success} on val, %")):
+        axis.set(xlabel="step", title=title)
+    axes[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def controllers(study):
+    """mu of the adaptive rules; below, AMFT's two forces, or the norm of the SFT gradient."""
+    names = [name for name in ADAPTIVE if name in study.names]
+    figure, axes = plt.subplots(2, len(names), figsize=(4 * len(names), 6), layout="constrained", squeeze=False)
+    for column, name in zip(axes.T, names):
+        for seed in study.seeds(name):
+            rows = study.of(name, "step", seed)
+            column[0].plot([row["step"] for row in rows], [row["mu"] for row in rows], linewidth=1)
+            if name.startswith("amft"):
+                for key, style in (("meta_force", "-"), ("entropy_force", ":")):
+                    column[1].plot([row["step"] for row in rows], list(accumulate(row[key] or 0.0 for row in rows)), style,
+                                   linewidth=1, color=f"C{seed}", label=None if seed else key.replace("_", " "))
+                column[1].legend(fontsize=8)
+                column[1].set_title("running sums of its two forces", fontsize=9)
+            else:
+                norms = [(row["step"], row["grad_norm_sft"]) for row in rows if row["demos"]]
+                column[1].plot(*zip(*norms), linewidth=1)
+                column[1].set_title("norm of the SFT gradient", fontsize=9)
+        column[0].set(title=f"{name.replace('-', ' ')}: mu, a line a seed", ylim=(-0.03, 1.03))
+        column[1].set_xlabel("step")
+    return figure
+
+
+def sweep(study):
+    """Success against fixed mu, beside AMFT's, with the warm-up and without."""
+    fixed = {name: study.of(name, "config")[0] for name in study.names if name.startswith("fixed")}
+    warm = {config["mu"]: name for name, config in fixed.items() if config["warmup"]}
+    bare = {config["mu"]: name for name, config in fixed.items() if not config["warmup"]} | {0.0: "rl", 1.0: "sft"}
+    figure, axes = plt.subplots(1, 5, figsize=(20, 4.2), layout="constrained")
+    for axis, split in zip(axes, ("val", "heldout", "unseen", "id", "ood")):
+        for colour, what, names, amft in (("C0", "ten steps of warm-up", warm, "amft"),
+                                          ("C1", "none", bare, f"amft{COLD}")):
+            groups = {mu: study.ends(name, split) for mu, name in sorted(names.items())}
+            axis.errorbar(list(groups), *zip(*map(mean_and_half, groups.values())), fmt="o-", capsize=3, color=colour,
+                          label=f"fixed mu, {what}")
+            mean, half = mean_and_half(study.ends(amft, split))
+            axis.axhspan(mean - half, mean + half, alpha=0.15, color=colour, label=f"AMFT, {what}, 95%")
+            axis.axhline(mean, color=colour, linestyle="--", linewidth=1)
+        axis.axhline(base(study, split), color="grey", linestyle=":", label="base")
+        axis.set(title=split, xlabel="mu (0: rl, 1: sft)")
+    axes[0].set_ylabel(f"{study.success}, %")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def figures(table, group=""):
+    """{name: figure} of every figure that the group's runs allow."""
+    study = Study(table, group)
+    drawn = {"curves": curves(study)}
+    if set(ADAPTIVE) & set(study.names):
+        drawn["mu"] = controllers(study)
+    if {"ood", "unseen"} <= set(study.pooled) and study.base:
+        drawn["pareto"] = pareto(study)
+        if {"rl", "sft", "fixed", "amft", f"amft{COLD}"} <= set(study.names):
+            drawn["sweep"] = sweep(study)
+    return drawn
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", help="a recorded study, or a run's folder")
+    parser.add_argument("group", nargs="?", default="", help="of the study's runs; without it those of no group")
+    args = parser.parse_args()
+    if (Path(args.what) / "metrics.jsonl").exists():
+        plot_run(args.what)
+        return print(Path(args.what) / "curves.png")
+    for name, figure in figures(recorded(args.what), args.group).items():
+        path = RECORDED / f"{'-'.join(filter(None, (args.what, *args.group.split('/'), name)))}.png"
+        figure.savefig(path, dpi=110)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
