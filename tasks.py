@@ -12,12 +12,14 @@ import argparse
 import copy
 import hashlib
 import json
+import math
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from itertools import combinations, combinations_with_replacement
+from itertools import combinations, combinations_with_replacement, product
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +56,8 @@ class Episode:
     slips = {}  # point -> wrong response that a demonstration makes there first: read, not learned
     point = tries = 0
     history = ()  # outcomes so far, one for each response
+    responses = ()  # and the responses
+    seen = ()  # and whether each read right what was shown
 
     @property
     def success(self):
@@ -62,6 +66,7 @@ class Episode:
     def step(self, response):
         """(observation, graded reward, done): grade one response of the policy and move on."""
         outcome = self.grade(response)
+        self.responses, self.seen = self.responses + (response,), self.seen + (self.recognised(response),)
         self.history += (outcome,)
         reward, wrong = self.outcomes[outcome]
         if outcome == "correct":
@@ -94,7 +99,7 @@ class Episode:
         return turns
 
 
-SHORT = dict(steps=50, prompts=8, meta_prompts=8, eval_n=300)  # for tasks whose conversations are long
+SHORT = dict(steps=50, prompts=8, eval_n=300)  # for tasks whose conversations are long
 
 
 class Task:
@@ -102,10 +107,10 @@ class Task:
     episode = Episode  # the class, whose `outcomes` are what a log counts
     splits = {}  # evaluation split -> what it asks. Must have "val", the controller's own; "train" is not listed.
     defaults = {}  # flags of amft.py that this task sets differently
+    turns = 0  # graded attempts at each point; 0: the episode's own number
 
     def __init__(self, turns=0):
-        """turns: graded attempts at each point, 0 for the task's own number."""
-        self.turns = turns
+        self.turns = turns or self.turns
 
     def draw(self, split, rng):
         """One Episode of a split or of "train", drawn with a random.Random."""
@@ -116,13 +121,46 @@ class Task:
         episode.attempts = self.turns or episode.attempts
         return episode
 
+    def episodes(self, split, n):
+        """What an evaluation of a split plays: always the same n episodes, or all if there are fewer."""
+        rng = random.Random(f"evaluate {split}")
+        return [self.sample(split, rng) for _ in range(n)]
+
+    def measures(self, played):
+        """What an evaluation tells beside success, of episodes that were played to their ends."""
+        outcomes = Counter(outcome for episode in played for outcome in episode.history)
+        row = dict(outcomes={name: outcomes[name] for name in self.episode.outcomes})
+        if any(episode.points > 1 or episode.attempts > 1 for episode in played):
+            correct = [(e, [outcome == "correct" for outcome in e.history]) for e in played]
+            row["step_accuracy"] = interval([(hit, e.unit) for e, hits in correct for hit in hits])
+            row["first_try"] = interval([(e.success and all(hits), e.unit) for e, hits in correct])
+        if played[0].seen[0] is not None:
+            row["recognition"] = interval([(hit, e.unit) for e in played for hit in e.seen])
+        return row
+
+
+def interval(pairs, z=1.96):
+    """(share, low, high) of a success rate with its 95% interval, of (hit, unit) pairs whose units are clusters.
+
+    Wilson's interval at the effective sample size: all orders of one multiset of numbers tend to be solved or missed
+    together, so a thousand deals are worth far fewer independent ones; without this it is too narrow.
+    """
+    n, p, residuals = len(pairs), sum(hit for hit, _ in pairs) / len(pairs), Counter()
+    for hit, unit in pairs:
+        residuals[unit] += hit - p
+    variance = sum(r * r for r in residuals.values()) / n ** 2  # of p, with clusters as the independent draws
+    n = min(n, p * (1 - p) / variance) if variance > 0 else n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return p, min(p, centre - half), max(p, centre + half)
+
 
 def fields_of(response):
     """The JSON object that a response is, as a dict; None for anything else. Equal keys are no answer."""
     if len(response) > MAX_RESPONSE:
         return None
     try:
-        fields = json.loads(response, object_pairs_hook=unique_keys)
+        fields = json.loads(response, object_pairs_hook=unique_keys, parse_constant=no_constant)
     except (ValueError, RecursionError):
         return None
     return fields if isinstance(fields, dict) else None
@@ -132,6 +170,10 @@ def unique_keys(pairs):
     if len(dict(pairs)) < len(pairs):
         raise ValueError("duplicate key")
     return dict(pairs)
+
+
+def no_constant(name):
+    raise ValueError(f"{name} is not JSON")
 
 
 def role_of(text, shares=(("train", 0.6), ("val", 0.2), ("heldout", 0.2))):
@@ -399,8 +441,25 @@ class GeneralPoints(Task):
             if chosen.needs_face and not set(FACES) & set(ranks):
                 continue
             if ROLES[tuple(sorted(numbers))] == chosen.role and solve(tuple(sorted(numbers))):
-                break
-        deal = self.deal(chosen, rng, ranks=ranks, stated=stated, numbers=numbers,
+                return self.dealt(chosen, stated, ranks, rng)
+
+    def episodes(self, split, n):
+        """Every multiset of the split that can be solved, once under each of its rules: nothing is drawn but looks."""
+        chosen, rng, deals = SPLITS[split], random.Random(f"evaluate {split}"), []
+        for stated in chosen.rules:
+            rule = chosen.graded_by or stated
+            cards = {value: [rank for rank in RANKS if values_of((rank,), rule) == (value,)] for value in range(1, 14)}
+            for numbers in MULTISETS:
+                ways = [ranks for ranks in product(*(cards[value] for value in numbers))
+                        if set(FACES) & set(ranks) or not chosen.needs_face]
+                if ROLES[numbers] == chosen.role and ways and solve(numbers):
+                    deals.append(self.dealt(chosen, stated, rng.sample(rng.choice(ways), 4), rng))
+                    deals[-1].attempts = self.turns or deals[-1].attempts
+        return rng.sample(deals, min(n, len(deals)))
+
+    def dealt(self, chosen, stated, ranks, rng):
+        numbers = values_of(ranks, chosen.graded_by or stated)
+        deal = self.deal(chosen, rng, ranks=tuple(ranks), stated=stated, numbers=numbers,
                          formula=rng.choice(solve(tuple(sorted(numbers)))))
         if self.turns > 1 and rng.random() < 0.5:  # so that demonstrations show what to do after a failure, too
             (wrong, _), value = random_formula(rng.sample(numbers, 4), rng)
@@ -410,6 +469,10 @@ class GeneralPoints(Task):
 
     def deal(self, split, rng, **drawn):
         return self.episode(**drawn)
+
+
+class GeneralPointsTurns(GeneralPoints):
+    turns = 3  # with feedback after each failed attempt
 
 
 class GeneralPointsPictures(GeneralPoints):
@@ -817,12 +880,14 @@ def read_problems(path):
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = json.loads(line, parse_constant=no_constant)
         except (ValueError, RecursionError):
             raise ValueError(f"{path}, line {i}: is not JSON")
         for key in ("prompt", "solution", "answer"):
             if not isinstance(fields, dict) or not isinstance(fields.get(key), str) or not fields[key].strip():
                 raise ValueError(f'{path}, line {i}: "{key}" must be a text that is not empty')
+        if IMAGE in fields["prompt"] + fields["solution"]:
+            raise ValueError(f"{path}, line {i}: {IMAGE} stands for a picture, and there is none")
         problem = Problem(fields["prompt"], fields["solution"], fields["answer"].strip(), fields["prompt"])
         if last_box(problem.solution) is None:  # as in GSM8K, whose solutions end in another form
             problem.solution += f"\nAnswer: \\boxed{{{problem.answer}}}"
@@ -923,7 +988,7 @@ def draw_views(landmark, look, seed):
     return canvas.clip(0, 255).astype(np.uint8)
 
 
-TASKS = {"gp": GeneralPoints, "gp-vl": GeneralPointsPictures, "virl": VIRL, "virl-vl": VIRLPictures,
+TASKS = {"gp": GeneralPoints, "gp-turns": GeneralPointsTurns, "gp-vl": GeneralPointsPictures, "virl": VIRL, "virl-vl": VIRLPictures,
          "math": Mathematics}
 
 
