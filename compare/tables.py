@@ -61,8 +61,8 @@ def signals(steps):
 
 
 def markdown(header, lines, rule=" --- "):
-    return ["", *("| " + " | ".join(line) + " |" for line in [header]), "|" + f"{rule}|" * len(header),
-            *("| " + " | ".join(line) + " |" for line in lines)]
+    header, *lines = ("| " + " | ".join(line) + " |" for line in (header, *lines))
+    return ["", header, "|" + f"{rule}|" * (header.count("|") - 1), *lines]
 
 
 def ends(study, columns, measure="success", first="method", rule=" --- ", form=".0f"):
