@@ -76,13 +76,17 @@ class Study:
             if of == group:
                 self.runs.setdefault((name, row["seed"]), []).append(Row(row))
         names = list(dict.fromkeys(name for name, _ in self.runs))
-        order = [name.removeprefix(f"{group}/") for name in self.spec.get("runs", ())]
-        self.names = sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+        order = {run: i for i, run in enumerate(self.spec["runs"])}  # trials have none
+        self.names = sorted(names, key=lambda name: order.get(self.full(name), 0))
         evals = [row for rows in self.runs.values() for row in rows if row["kind"] == "eval"]
-        self.pooled = self.spec.get("pooled", {})
-        self.splits = [*dict.fromkeys(row["split"] for row in evals), *self.pooled]
+        splits = list(dict.fromkeys(row["split"] for row in evals))
+        self.pooled = {name: of for name, of in self.spec.get("pooled", {}).items() if set(of) <= set(splits)}
+        self.splits = [*splits, *self.pooled]
         self.base = {row["split"]: row for row in reversed(evals) if row["step"] == 0}  # of the first run that has it
         self.success = "success" if any(row["greedy"] is not None for row in evals) else "greedy success"
+
+    def full(self, name):
+        return f"{self.group}/{name}" if self.group else name
 
     def seeds(self, name):
         return [seed for other, seed in self.runs if other == name]
@@ -108,11 +112,21 @@ def first(value):
     return value[0] if isinstance(value, list) else value
 
 
-def chosen(table, name):
-    """The number of a run's best trial on val in the search; the first of equals."""
+def trial_values(table, name):
+    """Success on val of a run's trials in the search, in percent."""
     *group, last = name.split("/")
-    trials, search = table[0]["runs"][name], Study(table, "/".join(["search", *group]))
-    return max(range(len(trials)), key=lambda i: search.at_end(f"{last}.{i}", table[0]["search"]["seed"], "val"))
+    search = Study(table, "/".join(["search", *group]))
+    return [search.at_end(f"{last}.{i}", table[0]["search"]["seed"], "val") for i in range(len(table[0]["runs"][name]))]
+
+
+def flags_of(table, name):
+    """A run's own flags: of a list those of the best trial, the first of equals; for @NAME another run's."""
+    own = table[0]["runs"][name]
+    if isinstance(own, list):
+        values = trial_values(table, name)
+        return own[values.index(max(values))]
+    other, _, more = own[1:].partition(" ")
+    return f"{flags_of(table, other)} {more}" if own.startswith("@") else own
 
 
 def main():

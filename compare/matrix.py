@@ -14,11 +14,12 @@ STUDY.json is a spec (a recorded table, whose first line is one, does as well):
               "amft": ["--method amft --eta-mu 0.02", "--method amft --eta-mu 0.05"],
               "amft-without-warm-up": "@amft --warmup 0"}}
 
-A list is searched first: each of its entries runs with the search's seed and flags, and the one that is best on val at
-the end, the first of equals, runs with every seed. @NAME stands for the flags of a run above. A name holds no spaces;
-its part before a slash is its group, with tables of its own: gp/rl, virl/rl. For tables.py: "reference" (the run that
-others are compared with; amft), "pooled" ({"ood": ["ood_rule", "ood_small"]}: means of splits), "reach" ([0.5]: rates
-on val to be reached).
+@NAME stands for the flags of another run; a later flag overrides an earlier one. A list is searched first: each of its
+entries runs with the search's seed and flags, and the one that is best on val at the end, the first of equals, runs with
+every seed. amft.py refuses a flag that a method does not use, so "common" holds what all use. A name has no spaces; its
+part before a slash is its group, with tables of its own: gp/rl, virl/rl. For tables.py: "reference" (the run that others
+are compared with; amft), "pooled" ({"ood": ["ood_rule", "ood_small"]}: means of splits), "reach" ([0.5]: rates on val to
+be reached).
 
 Each run is `python compare/rivals.py` with the common flags, its own, --seed and --out, in a process and with a thread
 of its own; what it prints goes to NAME-SEED.txt beside its folder. Finished runs are skipped, a run that was cut off
@@ -38,7 +39,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare.logs import chosen, collect, finished, read  # noqa: E402
+from compare.logs import collect, finished, flags_of, read  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, "compare/rivals.py"]
@@ -54,14 +55,8 @@ def trials(spec, only="*"):
 def cells(spec, folder, only="*"):
     """[(name, seed, flags)] of the matrix, seed by seed, once the search is done."""
     table = collect(folder)
-
-    def flags(name):
-        own = spec["runs"][name]
-        if isinstance(own, list):
-            return own[chosen(table, name)]
-        other, _, more = own[1:].partition(" ")
-        return f"{flags(other)} {more}" if own.startswith("@") else own
-    return [(name, seed, flags(name)) for seed in spec["seeds"] for name in spec["runs"] if fnmatch.fnmatch(name, only)]
+    return [(name, seed, flags_of(table, name)) for seed in spec["seeds"] for name in spec["runs"]
+            if fnmatch.fnmatch(name, only)]
 
 
 def run(out, flags, args):
@@ -123,6 +118,10 @@ def main():
     spec = json.loads(text.split("\n")[0] if args.spec.suffix == ".jsonl" else text)
     folder = ROOT / "runs" / args.spec.stem
     folder.mkdir(parents=True, exist_ok=True)
+    before = json.loads((folder / "spec.json").read_text()) if (folder / "spec.json").exists() else {}
+    describe = f"git -C {shlex.quote(str(ROOT))} describe --always --dirty --abbrev=12 --exclude '*'"
+    failed, commit = subprocess.getstatusoutput(describe)
+    spec["commits"] = sorted({*before.get("commits", ()), "unknown" if failed else commit})
     (folder / "spec.json").write_text(json.dumps(spec))
     if not run_all(trials(spec, args.only), folder, spec, args):
         sys.exit(None if args.list else "the search is not done")

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare.logs import RECORDED, Study, chosen, recorded  # noqa: E402
+from compare.logs import RECORDED, Study, flags_of, recorded, trial_values  # noqa: E402
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t
 MEASURES = {"success": "Success of sampled responses", "any": "Solved by any of the samples", "greedy": "Greedy success",
@@ -122,8 +122,11 @@ def deeds(study):
                       mean(finals, "rollouts", ".0f"), interval(solved) if solved else "-",
                       mean([row for rows in last for row in rows if row["entropy"]], "entropy", ".3f"),
                       mean(finals, "seconds", ".0f")])
-    return markdown(["run", "mean mu", "demonstrations a step", "responses", "rollouts correct, last 10 steps, %",
-                     "entropy, last 10 steps", "seconds, evaluations included"], lines)
+    lines = [["run", "mean mu", "demonstrations a step", "responses", "rollouts correct, last 10 steps, %",
+              "entropy, last 10 steps", "seconds, evaluations included"], *lines]
+    known = [i for i in range(len(lines[0])) if any(line[i] != "-" for line in lines[1:])]
+    header, *lines = ([line[i] for i in known] for line in lines)
+    return markdown(header, lines)
 
 
 SIGNS = ("Signs of the meta-gradients, from conversations on val (with z, their size over their standard error) and from "
@@ -136,9 +139,9 @@ def signs(study, names):
     lines = []
     for name in names:
         z, own = signals(study.of(name, "step"))
-        if z:
+        if z or own:
             lines.append([name.replace("-", " "), f"{sum(x < 0 for x in z)} of {len(z)}", f"{sign_test(z):.2g}",
-                          f"{statistics.mean(z):+.2f}", str(sum(abs(x) > 2 for x in z)),
+                          f"{statistics.mean(z):+.2f}" if z else "-", str(sum(abs(x) > 2 for x in z)),
                           f"{sum(x < 0 for x in own)} of {len(own)}", f"{sign_test(own):.2g}"])
     return markdown(["run", "val: negative", "sign test p", "mean z", "abs(z) > 2", "own: negative", "sign test p"],
                     lines) if lines else []
@@ -146,24 +149,26 @@ def signs(study, names):
 
 def search(table, names):
     """Every trial of the search; the chosen one bold."""
-    trials, lines = Study(table, "search"), []
+    lines = []
     for name in names:
-        pick, line = chosen(table, name), [name]
-        for i, flags in enumerate(table[0]["runs"][name]):
-            value = trials.at_end(f"{name}.{i}", table[0]["search"]["seed"], "val")
+        line, pick = [name], flags_of(table, name)
+        for flags, value in zip(table[0]["runs"][name], trial_values(table, name)):
             text = f"{flags.removeprefix(f'--method {name} ')}: {value:.1f}"
-            line.append(f"**{text}**" if i == pick else text)
+            line.append(f"**{text}**" if flags == pick else text)
         lines.append(line)
-    return markdown(["method", "", "", "", ""], lines)
+    most = max(map(len, lines))
+    return markdown(["method", *[""] * (most - 1)], [line + [""] * (most - len(line)) for line in lines])
 
 
 def searched(study):
-    return [name for name, flags in study.spec["runs"].items() if isinstance(flags, list) and name in study.names]
+    return [name for name in study.names if isinstance(study.spec["runs"].get(study.full(name)), list)]
 
 
 def commits(study):
-    return ", ".join(f"`{c}`" for c in sorted({row["commit"][:12] for name in study.names
-                                               for row in study.of(name, "config")}))
+    """Those that matrix.py noted; earlier logs had each its own."""
+    found = study.spec.get("commits") or sorted({row["commit"][:12] for name in study.names
+                                                 for row in study.of(name, "config")})
+    return ", ".join(f"`{commit}`" for commit in found)
 
 
 # --- studies ------------------------------------------------------------------------------------------------------
@@ -171,14 +176,15 @@ def commits(study):
 
 def plain(table):
     """Any study of runs by matrix.py: for each group success, differences from a reference run, and what was done."""
-    whole, text = Study(table), []
-    reference = table[0].get("reference", "amft")
-    for group in (group for group in whole.groups if not group.startswith("search")):
+    name, reference = table[0]["study"], table[0].get("reference", "amft")
+    text = [f"# {name}", "", f"Made by `python compare/tables.py {name}` from `{name}.jsonl`. Percent, at the end of the run; "
+            "mean over seeds and half-width of its 95% t-interval. Base: the policy before, with the 95% interval over its "
+            "problems."]
+    for group in (group for group in Study(table).groups if not group.startswith("search")):
         study = Study(table, group)
-        config = study.of(study.names[0], "config")[0]
-        text += ["", f"## {group or 'Runs'}", "", f"Commit {commits(study)}, torch {config['torch']}. Every run: "
-                 f"`{table[0]['common']}`. Percent, at the end of the run; mean over seeds and half-width of its 95% "
-                 "t-interval. Base: 95% interval of the one policy over its problems."]
+        text += ["", f"## {group or 'Runs'}", "", f"Commit {commits(study)}, torch "
+                 f"{study.of(study.names[0], 'config')[0]['torch']}; `python compare/rivals.py {table[0]['common']}`, and:",
+                 "", *(f"- {name}: `{flags_of(table, study.full(name))}`" for name in study.names)]
         columns = {name: (name, False) for name in study.names}
         for measure, title in MEASURES.items():
             if all(row[measure] is not None for name in study.names for row in study.of(name, "eval")):
@@ -190,13 +196,16 @@ def plain(table):
         if "reach" in table[0]:
             text += ["", "Steps and responses to the first evaluation on val at or above a rate: median over the seeds that "
                      "got there, and how many did:", *reach(study, study.names)]
-        text += ["", "What the runs did:", *deeds(study)]
+        text += ["", "What the runs did:", *deeds(study), "", "mu of the last step, mean over seeds (and range):"]
+        text += markdown(["run", "mu"], [[name, spread([study.of(name, "step", seed)[-1]["mu"]
+                                                        for seed in study.seeds(name)])] for name in study.names])
         meta = signs(study, study.names)
         text += ["", SIGNS, *meta] if meta else []
     if "search" in table[0]:
         text += ["", "## The search", "", f"Seed {table[0]['search']['seed']}, success on val in percent after the run. "
-                 "Chosen: the best, the first of equals.", *search(table, searched(whole))]
-    return ["# " + table[0]["study"], *text]
+                 "Chosen: the best, the first of equals.",
+                 *search(table, [name for name, own in table[0]["runs"].items() if isinstance(own, list)])]
+    return text
 
 
 def compare(table):

@@ -136,7 +136,7 @@ def test_the_layout_of_a_new_study(tmp_path):
 def test_the_first_of_equal_trials_is_chosen(tmp_path):
     toy = study(tmp_path, dict(runs={"gp/amft": ["--lr 1", "--lr 2", "--lr 3"]}, search=dict(seed=9)),
                 **{f"search/gp/amft.{i}-9": ended(success) for i, success in enumerate((0.3, 0.6, 0.6))})
-    assert logs.chosen(logs.collect(toy), "gp/amft") == 1
+    assert logs.flags_of(logs.collect(toy), "gp/amft") == "--lr 2"
 
 
 # --- the matrix ---------------------------------------------------------------------------------------------------
