@@ -1,7 +1,7 @@
 """AMFT, Adaptive Meta Fine-Tuning (arXiv 2508.06944), in one file.
 
-A policy pi_theta learns from demonstrations (SFT) and from its own graded samples (RL) at once, on one loss. A
-controller learns their balance mu, from what mu does to success on held-out prompts, steadied by the entropy:
+A policy pi_theta learns from demonstrations (SFT) and from its own graded samples (RL) on one loss. A controller
+learns their balance mu from what mu does to success on held-out prompts, steadied by the policy's entropy:
 
     (1)  J_RL(theta)  = E_{y ~ pi_theta}[R_explicit(y)]      R = 1 if y is correct, else 0; L_RL by PPO-clip
     (2)  L_SFT(theta) = -E_{(x, y*)}[log pi_theta(y* | x)]   the implicit reward of following the expert's y*
@@ -12,7 +12,7 @@ controller learns their balance mu, from what mu does to success on held-out pro
 
 Differs from the paper, marked where it happens:
     Eq. 5 goes through the step that is taken (clipping, AdamW, momentum), not through plain SGD
-    Eq. 6 moves mu by dU/dmu's sign, as far as the evidence makes it sure (--controller paper: to the letter)
+    Eq. 6 moves mu by dU/dmu's sign, as far as evidence makes it sure (--controller paper: to the letter)
     U also on the step's own training prompts, for the price of a dot product (--utility val: Eq. 4)
     Eq. 6's sign of the entropy; the paper's text has the other one (--eta-h below 0)
     both losses are divided by their batch's response tokens; the paper states no normalisation
@@ -26,6 +26,7 @@ Differs from the paper, marked where it happens:
 Shapes: P prompts, G samples of each, B = P * G conversations, S tokens of the whole, T after the prompt,
 V vocabulary, D width, N parameters. theta, gradients and Adam's moments are flat (N,).
 """
+
 import argparse, copy, dataclasses, inspect, json, math, os, random, re, statistics, sys, time  # noqa: E401
 from collections import Counter
 from functools import partial
@@ -33,17 +34,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import transformers
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
-from tasks import IMAGE, TASKS, interval
+from tasks import IMAGE, TASKS, Batch, encode_demos, encode_shown, interval, pad, pixels_of
 
-# ----- Configuration: the flags. Their comments are what --help prints. -----
+# ----- Configuration: the flags. Their comments are what --help prints -----
 
 def flag(default, low=None, high=math.inf, choices=None):
     return dataclasses.field(default=default, metadata=dict(low=low, high=high, choices=choices))
@@ -52,103 +51,49 @@ def flag(default, low=None, high=math.inf, choices=None):
 class Config:
     # The mixture
     method: str = flag("amft")  # what chooses mu
-    mu: float = flag(0.5, 0, 1)  # mu of fixed, and where amft starts after the warm-up
-    warmup: int = flag(10, 0)  # W: so many of the steps, the first ones, are SFT alone
+    mu: float = flag(0.5, 0, 1)  # mu of fixed, and where amft starts
+    warmup: int = flag(10, 0)  # W: so many of the steps, the first, are SFT alone
     # The controller
     controller: str = flag("evidence", choices=("evidence", "paper"))  # paper: Eq. 6, --utility val, --trace 0
-    eta_mu: float = flag(0.05, 0)  # farthest that a step moves mu; paper: learning rate; 0: no meta-gradient
-    eta_h: float = flag(0.5, -1e6, 1e6)  # mu's move per step and nat of entropy below H*; negative: above H*
-    mu_min: float = flag(0.05, 0, 1)  # the controller keeps mu at or above
-    mu_max: float = flag(0.95, 0, 1)  # the controller keeps mu at or below
-    utility: str = flag("both", choices=("val", "train", "both"))  # whose success: val's, the step's own prompts'
-    meta_every: int = flag(5, 1)  # K: every so many steps, samples on validation prompts
-    trace: float = flag(0.98, 0, 1)  # share of d theta/d mu that is carried to the next step; 0: Eq. 5, one step
+    eta_mu: float = flag(0.05, 0)  # farthest that a step moves mu; paper: its rate; 0: no meta-gradient
+    eta_h: float = flag(0.5, -1e6, 1e6)  # mu's move per step and nat of entropy below H*
+    mu_min: float = flag(0.05, 0, 1)  # mu stays at or above
+    mu_max: float = flag(0.95, 0, 1)  # mu stays at or below
+    utility: str = flag("both", choices=("val", "train", "both"))  # whose success; train: the step's own prompts'
+    meta_every: int = flag(5, 1)  # K: steps from one look at validation prompts to the next
+    trace: float = flag(0.98, 0, 1)  # share of d theta/d mu that is carried on; 0: Eq. 5, one step
     # Exploration
     prompts: int = flag(32, 1)  # P: prompts in a step
     samples: int = flag(8, 2)  # G: samples of a prompt
-    temperature: float = flag(1.0, 0.01)  # of sampling; log-probabilities are taken at it
+    temperature: float = flag(1.0, 0.01)  # of sampling, and of the log-probabilities
     max_new_tokens: int = flag(40, 1)  # longest response
     reward: str = flag("binary", choices=("binary", "graded"))  # 1/0 (Eq. 1), or the task's own points
-    advantage: str = flag("gae", choices=("gae", "group"))  # baseline: value function phi, or a prompt's other samples
+    advantage: str = flag("gae", choices=("gae", "group"))  # over value function phi, or over a prompt's other samples
     clip: float = flag(0.2, 0, 1)  # PPO's range of the ratio
     ppo_epochs: int = flag(1, 1)  # updates with each batch of samples
     # Imitation
-    imitation: str = flag("nll", choices=("nll", "rectified"))  # Eq. 2; rectified: each token's loss times its own p
+    imitation: str = flag("nll", choices=("nll", "rectified"))  # Eq. 2; rectified: times each token's own p
     demos: int = flag(20000, 1)  # training problems, each with one demonstration
     sft_batch: int = flag(64, 1)  # demonstrations in a step
     # The run
     steps: int = flag(100, 1)  # in all, the warm-up's included
-    lr: float = flag(1e-4, 1e-12)  # learning rate alpha at the first step; falls linearly to 0
+    lr: float = flag(1e-4, 1e-12)  # alpha at the first step; it falls linearly to 0
     task: str = flag("gp", choices=tuple(TASKS))  # what is learned
     model: str = flag("base")  # checkpoint folder or hub name; base: the one beside amft.py
-    data: str = flag("")  # math: your problems, a .jsonl file with prompt, solution and answer in each line
+    data: str = flag("")  # math: your own problems, .jsonl: prompt, solution, answer
     eval_n: int = flag(400, 1)  # at most so many episodes of a split in an evaluation
-    val_every: int = flag(0, 0)  # evaluate on val every so many steps; 0: before and after
+    val_every: int = flag(0, 0)  # steps between evaluations on val; 0: none
     seed: int = flag(0, 0, 2 ** 62)  # of everything random; same seed, same CPU: same log
     device: str = flag("auto")  # cpu, cuda, mps; auto: the first of cuda, mps, cpu that is there
-    bf16: str = flag("auto", choices=("auto", "on", "off"))  # passes in bfloat16; auto: where the hardware has it
-    micro_batch: int = flag(256, 1)  # sequences in one forward pass: memory only, same gradient
+    bf16: str = flag("auto", choices=("auto", "on", "off"))  # bfloat16 passes; auto: where the hardware has it
+    micro_batch: int = flag(256, 1)  # sequences in one pass: memory only, same gradient
 
 SMOKE = dict(steps=9, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, meta_every=2, eval_n=40)
 
 class UserError(Exception):
     """Something that the user can put right: one line, exit code 2."""
 
-# ----- Policy: texts in, token ids and their log-probabilities out -----
-
-class Batch(NamedTuple):
-    ids: torch.Tensor  # (B, S); prompts are left-padded, so that every first response starts in the same column
-    attention: torch.Tensor  # (B, S), 1 on real tokens; turns of different length leave holes
-    mask: torch.Tensor  # (B, T), 1.0 on the policy's own tokens, its EOS included: these carry the losses
-    pixels: list  # B, each row's pictures in reading order: (n, 3, H, W), or (0,)
-
-    def rows(self, rows):
-        chosen = torch.arange(len(self.ids), device=self.ids.device)[rows].tolist()
-        return Batch(self.ids[rows], self.attention[rows], self.mask[rows], [self.pixels[i] for i in chosen])
-
-    @property
-    def responses(self):  # (B, T)
-        return self.ids[:, -self.mask.shape[1]:]
-
-def encode_shown(model, tokenizer, text, first=True):
-    """Token ids of a prompt (first) or of an observation. A chat model gets its template, others plain text."""
-    vision = getattr(model.config, "vision_config", None)
-    text = text.replace(IMAGE, IMAGE * (vision.image_size // vision.patch_size) ** 2) if vision else text
-    if tokenizer.chat_template:
-        said = "<what the policy said>"
-        before = [] if first else [dict(role="user", content="-"), dict(role="assistant", content=said)]
-        text = tokenizer.apply_chat_template(before + [dict(role="user", content=text)], tokenize=False,
-                                             add_generation_prompt=True)
-        text = text.split(said)[-1].removeprefix(tokenizer.eos_token)  # it follows the policy's own EOS
-    return tokenizer(text, add_special_tokens=first and not tokenizer.chat_template)["input_ids"]
-
-def pad(rows, tokenizer, device, side="right"):
-    """(ids, attention), each (B, width), of lists of token ids."""
-    rows = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
-    return (pad_sequence(rows, True, tokenizer.pad_token_id, side),
-            pad_sequence([torch.ones_like(row) for row in rows], True, 0, side))
-
-def pixels_of(images, device):  # of (H, W, 3) uint8 pictures; in [-1, 1]
-    images = [torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 127.5 - 1 for image in images]
-    return torch.stack(images) if images else torch.empty(0, device=device)
-
-def encode_demos(model, tokenizer, episodes):
-    """Batch of the episodes' demonstrations."""
-    prompts, rests, masks, pixels = [], [], [], []
-    for turns in (episode.demonstration() for episode in episodes):
-        prompts.append(encode_shown(model, tokenizer, turns[0].shown))
-        rest, mask = [], []
-        for i, turn in enumerate(turns):
-            shown = encode_shown(model, tokenizer, turn.shown, first=False) if i else []
-            # EOS carries loss, or the policy would never learn to stop.
-            said = tokenizer(turn.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            rest, mask = rest + shown + said, mask + [0.0] * len(shown) + [float(turn.learn)] * len(said)
-        rests.append(rest)
-        masks.append(torch.tensor(mask, device=model.device))
-        pixels.append(pixels_of([turn.image for turn in turns if turn.image is not None], model.device))
-    ids, attention = (torch.cat(sides, 1) for sides in zip(pad(prompts, tokenizer, model.device, "left"),
-                                                           pad(rests, tokenizer, model.device)))
-    return Batch(ids, attention, pad_sequence(masks, True), pixels)
+# ----- Policy: the log-probabilities of token ids -----
 
 def inputs(ids, attention, pixels, start=0):
     """What the model takes of the columns from `start` on; those before are in its cache."""
@@ -160,11 +105,10 @@ def inputs(ids, attention, pixels, start=0):
 def outputs(model, batch, temperature=1.0, hidden=False):
     """(logits (B, T, V) that predict the response tokens, last hidden states (B, T, D) there, or None)."""
     T = batch.mask.shape[1]
-    out = model(**inputs(batch.ids, batch.attention, batch.pixels), logits_to_keep=T + 1, use_cache=False,
-                output_hidden_states=hidden)
+    out = model(**inputs(*batch[:2], batch.pixels), logits_to_keep=T + 1, use_cache=False, output_hidden_states=hidden)
     # Column t of the logits predicts column t + 1 of the ids: the response is predicted from one column earlier.
-    states = out.hidden_states[-1][:, -T - 1:-1].float() if hidden else None
-    return out.logits[:, :-1].float() / temperature, states
+    return (out.logits[:, :-1].float() / temperature,
+            out.hidden_states[-1][:, -T - 1:-1].float() if hidden else None)
 
 def token_logps(logits, ids):  # (B, T, V), (B, T) -> log-probability of each id (B, T)
     return logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
@@ -186,8 +130,7 @@ class Rollouts(NamedTuple):  # G conversations with each of P episodes, a prompt
     truncated: float  # share of responses that were cut off before EOS
 
 class Watcher(transformers.LogitsProcessor):
-    """Reads the entropy off the logits that generation computes anyway; makes conversations that are done say EOS."""
-
+    """Reads the entropy off the logits that generation computes anyway; has conversations that are done say EOS."""
     def __init__(self, done, eos):
         self.done, self.eos, self.columns = done, eos, []  # done (B,)
 
@@ -233,7 +176,6 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
     done = torch.zeros(len(played), dtype=torch.bool, device=device)
     graded = mask = torch.zeros(len(played), 0, device=device)
     entropy, turns, cut = 0.0, 0, 0
-
     while True:
         width, turns = ids.shape[1], turns + (~done).sum().item()
         ids, own, nats, unfinished = say(model, tokenizer, ids, attention, cache, done, how)
@@ -258,34 +200,38 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
         pixels = [torch.cat(both) for both in zip(pixels, pictures)]
         read(model, ids, attention, pictures, cache)
     success = torch.tensor([float(e.success) for e in played], device=device).view(-1, samples)
-    return Rollouts(played, Batch(ids, attention, mask, pixels), success, graded, entropy / mask.sum().item(),
-                    cut / turns)
+    return Rollouts(played, Batch(ids, attention, mask, pixels), success, graded, entropy / mask.sum().item(), cut / turns)
 
-# ----- The two losses. Differs: each is a sum over response tokens divided by one number, the response tokens of -----
-# ----- its whole batch; otherwise mu would mean nothing, and a micro-batch would change the gradient.            -----
+# ----- The two losses. Differs: each is divided by one number, the response tokens of its whole batch; otherwise -----
+# ----- mu would mean nothing, and a micro-batch or a skipped row would change the gradient                       -----
 
 def sft_loss(logps, mask, tokens=None):
     """Eq. 2: negative log-likelihood. logps, mask (B, T); tokens: what to divide by, if not mask's own count."""
     return -(logps * mask).sum() / (mask.sum() if tokens is None else tokens)
 
 def implicit_reward(logps, ref_logps, mask, beta=1.0):
-    """beta log(pi(y|x) / pi_ref(y|x)) of each sequence: the reward that SFT implies (section 3.2). (B, T) -> (B,)"""
+    """beta log(pi(y|x) / pi_ref(y|x)): the reward that SFT implies (section 3.2). (B, T) -> (B,)"""
     return beta * ((logps - ref_logps) * mask).sum(-1)
+
+def ppo_loss(logps, old_logps, advantages, mask, clip=0.2, tokens=None):
+    """Eq. 1 by PPO-clip, token by token. All (B, T); tokens as in sft_loss."""
+    ratio = (logps - old_logps).exp()  # 1 on a batch's first update: then only the gradient says something
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -(surrogate * mask).sum() / (mask.sum() if tokens is None else tokens)
 
 def group_advantages(rewards):
     """((r - mean of the prompt's other samples) / scale, scale). rewards (P, G) -> (P, G), float."""
     if (G := rewards.shape[1]) < 2:
         raise ValueError("group advantages need at least 2 samples of a prompt")
     centred = (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
-    # One scale for the batch: a prompt's own std would weigh prompts anew, and this would not be mean success's gradient.
+    # One scale for the batch: a prompt's own would weigh prompts anew, and the gradient not be mean success's.
     scale = centred.std(correction=0).item()
     return (centred / scale, scale) if scale > 1e-6 else (torch.zeros_like(centred), 1.0)
 
 def gae(rewards, values, mask, gamma=1.0, lam=1.0):
-    """Generalised advantage estimation (Schulman et al. 2016) over the policy's tokens of each conversation.
+    """Generalised advantage estimation (Schulman et al. 2016): (B, T) each -> (advantages, returns), 0 off the mask.
 
-    rewards, values, mask (B, T) -> (advantages, returns), each (B, T), 0 off the mask. The value after the last token
-    is 0: a conversation is an episode, also when it was cut off."""
+    The value after the last token is 0: a conversation is an episode, also when it was cut off."""
     # Below lam = 1 phi's error biases the RL gradient, and the step's own meta-gradient with it.
     advantages = torch.zeros_like(values)
     running = following = torch.zeros_like(values[:, 0])
@@ -297,24 +243,17 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
         advantages[:, t] = running * own
     return advantages, (advantages + values) * mask
 
-def ppo_loss(logps, old_logps, advantages, mask, clip=0.2, tokens=None):
-    """Eq. 1 by PPO-clip, token by token. All (B, T); tokens as in sft_loss."""
-    ratio = (logps - old_logps).exp()  # 1 on a batch's first update: then only the gradient says something
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    return -(surrogate * mask).sum() / (mask.sum() if tokens is None else tokens)
+def value_function(model, lr=1e-3):
+    """phi: last hidden state -> the value of a token's state; it has an Adam of its own."""
+    width = model.get_input_embeddings().weight.shape[1]
+    phi = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 1)).to(model.device)
+    phi.optimizer = torch.optim.Adam(phi.parameters(), lr=lr)
+    return phi
 
 class Advantages(NamedTuple):
     values: torch.Tensor  # (B, T)
     scale: float  # what they were divided by
     returns: torch.Tensor = None  # (B, T), what phi learns; None without phi
-
-def value_function(model, lr=1e-3):
-    """phi: last hidden state -> the value of a token's state; it has an Adam of its own."""
-    width = model.get_input_embeddings().weight.shape[1]
-    phi = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
-    phi = phi.to(model.device)
-    phi.optimizer = torch.optim.Adam(phi.parameters(), lr=lr)
-    return phi
 
 @torch.no_grad()
 def advantages_of(model, phi, rollouts, config):
@@ -327,9 +266,9 @@ def advantages_of(model, phi, rollouts, config):
         return Advantages(values.reshape(-1, 1) * mask, scale)
     states = (outputs(model, batch.rows(rows), hidden=True)[1] for rows in micro(mask, config))
     values, returns = gae(rewards, torch.cat([phi(part).squeeze(-1) for part in states]) * mask, mask)
-    mean = (values * mask).sum() / mask.sum()
-    scale = (((values - mean) ** 2 * mask).sum() / mask.sum()).sqrt().item() + 1e-8
-    return Advantages((values - mean) / scale * mask, scale, returns)
+    own = values[mask > 0]
+    scale = own.std(correction=0).item() + 1e-8
+    return Advantages((values - own.mean()) / scale * mask, scale, returns)
 
 # ----- Their gradients -----
 
@@ -367,12 +306,12 @@ def rl_gradient(model, phi, batch, advantages, config, old_logps=None):
     return grad, logps, losses
 
 def sft_gradient(model, batch, config, loss=sft_loss):
-    """(grad L_SFT (N,), logps (B, T), {"sft_loss": mean -log p of a token}). loss(logps, mask, tokens, rows=rows)."""
+    """(grad L_SFT (N,), logps (B, T), {"sft_loss": mean -log p}). loss(logps, mask, tokens, rows=), or sft_loss."""
     tokens, grad, logps = batch.mask.sum(), torch.zeros_like(flatten(model)), torch.zeros_like(batch.mask)
     for rows in micro(batch.mask, config):
-        logp = logps_of(model, batch.rows(rows))
+        logp, which = logps_of(model, batch.rows(rows)), {} if loss is sft_loss else dict(rows=rows)
         logps[rows] = logp.detach()
-        grad = grad + gradient(model, loss(logp, batch.mask[rows], tokens, rows=rows))
+        grad = grad + gradient(model, loss(logp, batch.mask[rows], tokens, **which))
     return grad, logps, dict(sft_loss=sft_loss(logps, batch.mask).item())
 
 # ----- The step theta' = step(theta, g(mu), Adam's state), and its derivative in mu -----
@@ -411,8 +350,8 @@ def step_sensitivity(theta, g_rl, g_sft, mu, state, last=None, trace=0.0, **how)
 def meta_gradient(model, tangent, rollouts, config):
     """dU/dmu = <grad U(theta'), d theta'/d mu> and its standard error, from fresh samples of the stepped policy.
 
-    tangent: d theta'/d mu (N,). grad U is the score-function gradient with the mean of a prompt's other samples as
-    baseline (unbiased); one backward pass a prompt, since prompts are the independent units of the error."""
+    tangent: d theta'/d mu (N,). grad U is the score-function gradient over a prompt's other samples' mean (unbiased);
+    one backward pass a prompt, since prompts are the independent units of the error."""
     P, G = rollouts.success.shape
     advantages = (rollouts.success - rollouts.success.mean(1, keepdim=True)) * G / (G - 1)
     slopes = torch.zeros(P, dtype=tangent.dtype, device=tangent.device)
@@ -425,9 +364,9 @@ def meta_gradient(model, tangent, rollouts, config):
 def own_meta_gradient(g_rl, tangent, batch, scale):
     """dU/dmu on a step's own prompts, -<grad L_RL, d theta/d mu> in units of reward, and its size as standard error.
 
-    Differs: not in the paper, which pays new samples for each estimate. The stepped policy sampled these, on prompts
-    drawn after the step, and their gradient is needed anyway. A single number has no spread to tell its error from;
-    its size is not too small on average (E[x^2] >= Var[x]), and makes z in update_mu a self-normalised sum."""
+    Differs: the paper pays new samples for each estimate. The stepped policy sampled these, on prompts drawn after
+    the step. One number has no spread to tell its error from; its size is not too small on average (E[x^2] >= Var[x]),
+    and makes z in update_mu a self-normalised sum."""
     slope = -(g_rl @ tangent * batch.mask.sum() / len(batch.ids)).item() * scale
     return slope, abs(slope)
 
@@ -449,10 +388,10 @@ def update_mu(mu, entropy, target_entropy, estimates, evidence, config, memory=0
     mu = min(max(mu + meta_force + entropy_force, config.mu_min), config.mu_max)
     return mu, evidence, (meta_force, entropy_force)
 
-# ----- Methods: what chooses mu. A method's plain attributes are saved with the run. -----
+# ----- Methods: what chooses mu. A method's plain attributes are saved with the run -----
 
-CONTROLLER = ("controller", "eta_mu", "eta_h", "mu_min", "mu_max", "utility", "meta_every", "trace")
-EXPLORATION = ("prompts", "samples", "reward", "advantage", "clip", "ppo_epochs")
+CONTROLLER = "controller eta_mu eta_h mu_min mu_max utility meta_every trace".split()
+EXPLORATION = "prompts samples reward advantage clip ppo_epochs".split()
 
 class Method:
     """What Algorithm 1 asks, of a step s by name; as it stands --method fixed: W steps of SFT, then one mu."""
@@ -489,20 +428,20 @@ class Method:
         pass
 
 class SFT(Method):
-    unused = ("mu", "warmup") + EXPLORATION + CONTROLLER
+    unused = ["mu", "warmup", *EXPLORATION, *CONTROLLER]
     explores = lambda self, t: False  # noqa: E731
 
 class SFTThenRL(Method):
-    unused = ("mu",) + CONTROLLER
+    unused = ["mu", *CONTROLLER]
     imitates = lambda self, t: t <= self.config.warmup  # noqa: E731
     mu = lambda self, s: 1.0 if s.demos else 0.0  # noqa: E731
 
 class RL(SFTThenRL):
-    unused, defaults = ("mu", "warmup", "sft_batch") + CONTROLLER, dict(warmup=0)
+    unused, defaults = ["mu", "warmup", "sft_batch", "imitation", *CONTROLLER], dict(warmup=0)
 
 class AMFT(Method):
     """Eqs. 4-6. Its state: mu, H*, the evidence on dU/dmu, and d (theta, m, v)/d mu."""
-    unused = ()
+    unused = []
 
     def __init__(self, config):
         super().__init__(config)
@@ -556,7 +495,7 @@ def train(config, method, task, model, tokenizer, run):
         torch.manual_seed(rng.getrandbits(62))
         s = SimpleNamespace(t=t, rng=rng, lr=config.lr * (1 - (t - 1) / config.steps), theta=theta, adam=adam, phi=phi,
                             model=model, tokenizer=tokenizer, task=task, rollouts=None, demos=None, sampled=0, row={})
-        # Imitation: a batch of demonstrations. Exploration: rollouts, their explicit reward, advantages.   (Eq. 1)
+        # Imitation: a batch of demonstrations. Exploration: rollouts, their explicit reward, advantages. (Eq. 1)
         if method.explores(t):
             episodes = [problems[i] for i in method.prompts(s)]
             s.rollouts = rollout(model, tokenizer, episodes, config.samples, config.max_new_tokens, config.temperature)
@@ -565,7 +504,7 @@ def train(config, method, task, model, tokenizer, run):
             s.demos = encode_demos(model, tokenizer, [problems[i] for i in method.demonstrations(s)])
         old_logps = None
         for s.update in range(config.ppo_epochs if s.rollouts else 1):
-            # Their two gradients.                                                                       (Eqs. 1-2)
+            # Their two gradients. (Eqs. 1-2)
             s.g_rl = s.g_sft = torch.zeros_like(theta)
             if s.rollouts:
                 s.g_rl, logps, losses = rl_gradient(model, phi, s.rollouts.batch, s.advantages, config, old_logps)
@@ -574,9 +513,9 @@ def train(config, method, task, model, tokenizer, run):
             if s.demos:
                 s.g_sft, demo_logps, losses = sft_gradient(model, s.demos, config, partial(method.imitation_loss, s))
                 s.row.update(losses)
-            # Controller: mu, from the meta-gradient and the entropy.                                    (Eqs. 4-6)
+            # Controller: mu, from the meta-gradient and the entropy. (Eqs. 4-6)
             s.mu = method.mu(s) if s.update == 0 else s.mu
-            # One step on the unified loss, and d theta'/d mu, with which the next meta-gradient is taken.  (Eq. 3)
+            # One step on the unified loss, and d theta'/d mu, with which the next meta-gradient is taken. (Eq. 3)
             g = (1 - s.mu) * s.g_rl + s.mu * s.g_sft
             method.moved(s)
             theta, adam = s.theta, s.adam = adamw_step(s.theta, g, s.adam, s.lr)
@@ -588,10 +527,11 @@ def train(config, method, task, model, tokenizer, run):
                 ref_logps = torch.cat([logps_of(model, s.demos.rows(rows)) for rows in micro(s.demos.mask, config)])
                 vector_to_parameters(theta, model.parameters())
             s.row["implicit_reward"] = implicit_reward(demo_logps, ref_logps, s.demos.mask).mean().item()
-        run.log_step(s, tokenizer)
+        run.log_step(s)
         if config.val_every and t % config.val_every == 0 and t < config.steps:
             run.report(t, model, tokenizer, task, config, ["val"])
-        run.save(t, theta, adam, phi, method, last=t == config.steps)
+        if time.time() - run.clock > SAVE_SECONDS or t == config.steps:
+            run.save(t, theta, adam, phi, method)
 
 # ----- Evaluation -----
 
@@ -599,17 +539,17 @@ def evaluate(model, tokenizer, task, split, n=400, samples=4, temperature=1.0, m
     """Always the same n episodes of a split, or all that there are -> a row of the log.
 
     success, low, high: of sampled responses, which Eq. 1 maximises, and its 95% interval; any: of episodes with a
-    success among their samples; greedy: of responses at temperature 0; outcomes: of the samples."""
+    success among their samples; greedy: at temperature 0; outcomes and the rest: of the samples."""
     torch.manual_seed(0)
     episodes, sampled, greedy = task.episodes(split, n), [], []
     for part in (episodes[start:start + batch_size] for start in range(0, len(episodes), batch_size)):
         sampled += rollout(model, tokenizer, part, samples, max_new_tokens, temperature).episodes
         greedy += rollout(model, tokenizer, part, 1, max_new_tokens, temperature=0).episodes
     success, low, high = interval([(e.success, e.unit) for e in sampled])
-    groups = (sampled[i:i + samples] for i in range(0, len(sampled), samples))
-    found = statistics.mean(float(any(e.success for e in group)) for group in groups)
-    return dict(split=split, n=len(episodes), samples=samples, success=success, low=low, high=high, any=found,
-                greedy=statistics.mean(float(e.success) for e in greedy), **task.measures(sampled))
+    hits = torch.tensor([float(e.success) for e in sampled]).view(-1, samples)
+    return dict(split=split, n=len(episodes), samples=samples, success=success, low=low, high=high,
+                any=hits.amax(1).mean().item(), greedy=statistics.mean(float(e.success) for e in greedy),
+                **task.measures(sampled))
 
 def print_table(columns):  # {heading: [eval row of each split]}
     print(f"\n{'success, %':14}" + "".join(f"{name + ': sampled [95%] any greedy':>36}" for name in columns))
@@ -617,50 +557,48 @@ def print_table(columns):  # {heading: [eval row of each split]}
         cells = ([100 * row[key] for key in ("success", "low", "high", "any", "greedy")] for row in rows)
         print(f"{rows[0]['split']:14}" + "".join("{:14.1f} [{:4.1f}, {:4.1f}]{:4.0f}{:6.0f}".format(*c) for c in cells))
 
-# ----- A run's folder: metrics.jsonl (one JSON object a line), state.pt (what --resume reads), final/ (the policy) -----
+# ----- A run's folder: metrics.jsonl (a JSON object a line), state.pt (what --resume reads), final/ (the policy) -----
 
 SAVE_SECONDS = 30  # between states
-SHOWN = "mu", "meta_own", "meta_grad", "entropy", "sft_loss", "rl_loss", "success", "zero_adv", "grad_norm"
+SHOWN = "mu", "meta_own", "meta_grad", "entropy", "sft_loss", "success", "zero_adv", "grad_norm"
 
 class Run:
     def __init__(self, folder, config=None):  # config: of a new run
         self.folder, self.log, self.state = folder, folder / "metrics.jsonl", folder / "state.pt"
         self.t, self.rollouts, self.seconds, self.clock = 0, 0, 0.0, time.time()
-        if config and (self.log.exists() or self.state.exists()):
-            raise UserError(f"--out {folder}: already holds a run; --resume {folder} goes on with it")
         if config:
+            if self.log.exists() or self.state.exists():
+                raise UserError(f"--out {folder}: already holds a run; --resume {folder} goes on with it")
             folder.mkdir(parents=True, exist_ok=True)
-            self.write("config", **dataclasses.asdict(config), torch=torch.__version__, threads=torch.get_num_threads())
+            self.write("config", **vars(config), torch=torch.__version__, threads=torch.get_num_threads())
 
     def write(self, kind, **fields):
         with open(self.log, "a") as file:
             file.write(json.dumps(dict(kind=kind, **fields), allow_nan=False) + "\n")
 
-    def rows(self, kind):  # half a line at the end, of a run that was killed, does not count
-        try:
+    def rows(self, kind):
+        try:  # half a line at the end, of a run that was killed, does not count
             rows = [json.loads(line) for line in self.log.read_text().split("\n")[:-1]]
             return [row for row in rows if row["kind"] == kind]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.log}: is not the log of a run ({error})")
 
-    def save(self, t, theta, adam, phi, method, last):
+    def save(self, t, theta, adam, phi, method):
         """All that the next step depends on. Atomic: a run that is killed in here still has its last state."""
-        now, self.t = time.time(), t
-        if now - self.clock < SAVE_SECONDS and not last:
-            return
-        self.seconds, self.clock = self.seconds + now - self.clock, now
-        torch.save(dict(t=t, theta=theta, adam=tuple(adam), rollouts=self.rollouts, seconds=self.seconds,
-                        phi=phi and (phi.state_dict(), phi.optimizer.state_dict()), log=self.log.stat().st_size,
-                        method={**vars(method), "config": None}), self.folder / "state.tmp")
+        self.seconds, self.clock = self.seconds + time.time() - self.clock, time.time()
+        state = dict(t=t, theta=theta, adam=tuple(adam), rollouts=self.rollouts, seconds=self.seconds,
+                     phi=phi and (phi.state_dict(), phi.optimizer.state_dict()), log=self.log.stat().st_size,
+                     method={**vars(method), "config": None})
+        torch.save(state, self.folder / "state.tmp")
         os.replace(self.folder / "state.tmp", self.state)
 
     def restore(self, theta, phi, method):
         """(theta, Adam's state) as saved, with phi, method and log as they were then; or those of a beginning."""
-        if not self.state.exists():
-            os.truncate(self.log, len(self.log.open("rb").readline()))
-            return theta, AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
         try:
-            state = torch.load(self.state, map_location=theta.device, weights_only=True)
+            state = torch.load(self.state, map_location=theta.device, weights_only=True) if self.state.exists() else None
+            if state is None:
+                os.truncate(self.log, len(self.log.open("rb").readline()))
+                return theta, AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
             if state["theta"].shape != theta.shape or state["log"] > self.log.stat().st_size:
                 raise ValueError("it belongs to another model or log")
             if phi:
@@ -673,31 +611,23 @@ class Run:
         except Exception as error:  # garbage, cut off, of another kind: each has its own
             raise UserError(f"{self.state}: is not the state of this run ({str(error).strip()[:80]})")
 
-    def log_step(self, s, tokenizer):
-        row, r = dict(step=s.t, mu=s.mu, **s.row), s.rollouts
-        if r:
-            flat = r.success.amax(1) == r.success.amin(1)
-            row.update(success=r.success.mean().item(), zero_adv=flat.float().mean().item(), entropy=r.entropy,
-                       response_len=r.batch.mask.sum(1).mean().item(), truncated=r.truncated)
-        bad = [name for name, value in row.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(f"step {s.t}: {', '.join(bad)} not finite; {self.log} has the steps before; a lower --lr?")
+    def log_step(self, s):
+        row = dict(step=s.t, mu=s.mu, **s.row)
+        if r := s.rollouts:
+            row.update(success=r.success.mean().item(), zero_adv=(r.success.std(1) == 0).float().mean().item(),
+                       entropy=r.entropy, response_len=r.batch.mask.sum(1).mean().item(), truncated=r.truncated)
+        if bad := [name for name, value in row.items() if not math.isfinite(value)]:
+            raise UserError(f"step {s.t}: {', '.join(bad)} not finite; a lower --lr? {self.log} has the steps before")
         self.rollouts += s.sampled
         self.write("step", **row, rollouts=self.rollouts, seconds=round(self.seconds + time.time() - self.clock, 2))
         tqdm.write(f"{s.t:5d}" + "".join(f"  {key} {row[key]:.3f}" for key in SHOWN if key in row))
         if r and s.t % 50 == 0:
-            text = tokenizer.decode(r.batch.ids[0][r.batch.attention[0].bool()])
-            tqdm.write(f"\n{re.sub(f'({IMAGE})+', IMAGE, text)}\n-> {', '.join(r.episodes[0].history)}\n")
+            tqdm.write(f"\n{r.episodes[0].prompt}{' | '.join(r.episodes[0].responses)}\n-> {r.episodes[0].history}\n")
 
     def report(self, t, model, tokenizer, task, config, splits=None):
+        how = config.eval_n, 4, config.temperature, config.max_new_tokens
         for split in tqdm(splits or task.splits, desc="evaluation", leave=False):
-            self.write("eval", step=t, whole=not splits, **evaluate(
-                model, tokenizer, task, split, config.eval_n, 4, config.temperature, config.max_new_tokens))
-
-    def finish(self, config):
-        evals = [row for row in self.rows("eval") if row["whole"]]
-        print_table({name: [row for row in evals if row["step"] == t] for name, t in (("base", 0), ("end", config.steps))})
-        print(f"{config.steps} steps, {self.rollouts} responses, {self.seconds / 60:.1f} minutes; log and policy in {self.folder}")
+            self.write("eval", step=t, whole=not splits, **evaluate(model, tokenizer, task, split, *how))
 
 # ----- Loading, command line -----
 
@@ -714,7 +644,7 @@ def load_policy(config, task):
         tokenizer = AutoTokenizer.from_pretrained(source)
         if info["missing_keys"] or info["mismatched_keys"] or not flatten(model).isfinite().all():
             raise ValueError("weights are missing, or not finite")
-    except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own error
+    except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own
         raise UserError(f"--model {config.model}: not a {'vision-language ' * eyes}checkpoint that transformers can "
                         f"load ({(str(error).splitlines() or [type(error).__name__])[0][:100]})")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -727,25 +657,25 @@ def load_policy(config, task):
     if eyes:  # a response may not hold the token that a picture stands for: no picture would come with it
         token = torch.tensor([model.config.image_token_id], device=config.device)
         model.get_output_embeddings().register_forward_hook(lambda _, __, out: out.index_fill(-1, token, -1e9))
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # without it bfloat16 is slow on a CPU
-    fast = torch.cuda.is_bf16_supported() if config.device.startswith("cuda") else config.device == "cpu" and amx()
-    if config.bf16 == "on" or config.bf16 == "auto" and fast:  # parameters, moments and controller stay in float32
+    if config.bf16 == "on" or config.bf16 == "auto" and config.device != "cpu" and torch.cuda.is_bf16_supported():
+        # Parameters, gradients, moments and controller stay in float32. On a CPU it has to be asked for.
         model.forward = torch.autocast(config.device.split(":")[0], torch.bfloat16)(model.forward)
     return model.to(config.device).eval(), tokenizer
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, no usage block
-        raise UserError(f"{message}; --help lists every flag")
-
 def parse(argv, methods, config_class):
-    """(Config, folder of the run or None, is it new): what the flags say, each of them used."""
-    parser = Parser(prog=Path(sys.argv[0]).name, description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    """(Config, folder of the run or None, is it new)."""
+    parser = argparse.ArgumentParser(
+        prog=Path(sys.argv[0]).name, description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     source = "".join(inspect.getsource(c) for c in config_class.__mro__[:-1])
-    texts = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
-    for f in fields.values():
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, help=f"{texts[f.name]} (default: {f.default})",
+    texts, fields = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M)), dataclasses.fields(config_class)
+    for f in fields:
+        def value(text, f=f):
+            low, high = f.metadata["low"], f.metadata["high"]
+            if low is not None and not (math.isfinite(f.type(text)) and low <= f.type(text) <= high):
+                raise argparse.ArgumentTypeError(f"{text}: must be finite, at least {low} and at most {high}")
+            return f.type(text)
+        parser.add_argument("--" + f.name.replace("_", "-"), type=value, help=f"{texts[f.name]} (default: {f.default})",
                             choices=tuple(methods) if f.name == "method" else f.metadata["choices"])
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/TASK, numbered if taken)")
     parser.add_argument("--resume", type=Path, help="go on with the run in this folder, with its own settings")
@@ -755,39 +685,33 @@ def parse(argv, methods, config_class):
     if folder := given.get("resume"):
         if len(given) > 1:
             raise UserError("--resume goes alone: a run goes on with its own settings")
-        row = (Run(folder).rows("config") or [{}])[0]
-        if not all(type(row.get(name)) in (f.type, int) for name, f in fields.items()) or Run(folder).rows("final"):
-            raise UserError(f"--resume {folder}: that run is finished, or its settings cannot be read")
-        return config_class(**{name: row[name] for name in fields}), folder, False
+        rows = Run(folder).rows("config")
+        if not rows or Run(folder).rows("final"):
+            raise UserError(f"--resume {folder}: that run is finished, or never began")
+        given = parser.parse_args([f"--{f.name.replace('_', '-')}={rows[0].get(f.name)}" for f in fields])
+        return config_class(**vars(given)), folder, False
     cls, task = methods[given.get("method", "amft")], TASKS[given.get("task", "gp")]
     evaluates = "task model data eval_n temperature max_new_tokens device bf16 smoke eval_only".split()
     for name in given:
-        if name in cls.unused or "eval_only" in given and name not in evaluates:
-            raise UserError(f"--{name.replace('_', '-')}: is not used with "
-                            + ("--eval-only" if "eval_only" in given else f"--method {given['method']}"))
-    settings = {**task.defaults, **(SMOKE if "smoke" in given else {}), **cls.defaults,
-                **(dict(utility="val", trace=0.0) if given.get("controller") == "paper" else {}), **given}
-    config = config_class(**{name: settings[name] for name in fields if name in settings})
-    names = (Path(f"runs/{config.task}{suffix}") for suffix in ["", *(f"-{i}" for i in range(2, 10000))])
-    folder = given.get("out") or next(name for name in names if not name.exists())
+        if "eval_only" in given and name not in evaluates or name in cls.unused:
+            why = "--eval-only" if "eval_only" in given else f"--method {given['method']}"
+            raise UserError(f"--{name.replace('_', '-')}: is not used by {why}")
+    paper = dict(utility="val", trace=0.0) if given.get("controller") == "paper" else {}
+    settings = {**task.defaults, **(SMOKE if "smoke" in given else {}), **cls.defaults, **paper, **given}
+    config = config_class(**{f.name: settings[f.name] for f in fields if f.name in settings})
+    numbered = (Path(f"runs/{config.task}{suffix}") for suffix in ["", *(f"-{i}" for i in range(2, 10000))])
+    folder = given.get("out") or next(name for name in numbered if not name.exists())
     return config, None if "eval_only" in given else folder, True
 
-def check(config, methods):
-    """Raise UserError, naming the flag and what would be right."""
+def check(config, method):
+    """Raise UserError, naming the flag and what would be right; settle on a device."""
     def need(ok, name, right):
         if not ok:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be {right}")
-    for f in dataclasses.fields(config):
-        value, (low, high, choices) = getattr(config, f.name), f.metadata.values()
-        need(not choices or value in choices, f.name, f"one of {choices}")
-        need(low is None or low <= value <= high and math.isfinite(value), f.name,
-             f"finite and at least {low}" if high == math.inf else f"in [{low}, {high}]")
-    need(config.method in methods, "method", f"one of {', '.join(methods)}")
     need(config.warmup <= config.steps, "warmup", f"at most --steps, {config.steps}")
     need(config.demos >= max(config.prompts, config.sft_batch), "demos", "at least --prompts and --sft-batch")
     need(config.mu_min <= config.mu_max, "mu_min", f"at most --mu-max, {config.mu_max}")
-    need("mu_min" in methods[config.method].unused or config.mu_min <= config.mu <= config.mu_max, "mu",
-         f"in [--mu-min, --mu-max], [{config.mu_min}, {config.mu_max}]")
+    need("mu_min" in method.unused or config.mu_min <= config.mu <= config.mu_max, "mu", "in [--mu-min, --mu-max]")
     need(not config.data or config.task == "math", "data", "left out, but with --task math")
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -800,7 +724,7 @@ def main(argv=None, methods=METHODS, config_class=Config):
     run = None
     try:
         config, folder, new = parse(argv, methods, config_class)
-        check(config, methods)
+        check(config, methods[config.method])
         task = TASKS[config.task](**(dict(data=config.data) if config.data else {}))
         model, tokenizer = load_policy(config, task)
         if folder is None:
@@ -812,9 +736,11 @@ def main(argv=None, methods=METHODS, config_class=Config):
         model.save_pretrained(folder / "final")
         tokenizer.save_pretrained(folder / "final")
         run.write("final", rollouts=run.rollouts, seconds=round(run.seconds, 1))
-        run.finish(config)
-    except (UserError, OSError, ValueError, KeyboardInterrupt) as error:  # ValueError: of tasks, about --data
-        if isinstance(error, BrokenPipeError):  # | head: nobody reads; the interpreter's last flush must not fail again
+        rows = [row for row in run.rows("eval") if row["whole"]]
+        print_table({name: [row for row in rows if row["step"] == t] for name, t in (("base", 0), ("end", config.steps))})
+        print(f"{config.steps} steps, {run.rollouts} responses, {run.seconds / 60:.1f} minutes; {folder} has log and policy")
+    except (UserError, OSError, ValueError, KeyboardInterrupt) as error:  # ValueError: --data
+        if isinstance(error, BrokenPipeError):  # | head: the interpreter's last flush must not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         stopped, go_on = isinstance(error, KeyboardInterrupt), f"; go on with --resume {run.folder}" if run else ""
         print(f"{Path(sys.argv[0]).name}: {'stopped' if stopped else error}{go_on}", file=sys.stderr)

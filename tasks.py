@@ -23,6 +23,8 @@ from itertools import combinations, combinations_with_replacement, product
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 # ---------------------------------------------------------------------------------------------------------------
 # The interface. A policy and an episode hold a conversation: prompt, response, observation, response, ...
@@ -494,6 +496,74 @@ def random_formula(numbers, rng):
     op = rng.choice("+-*/")
     value = None if a is None or b is None or (op == "/" and b == 0) else apply(op, a, b)
     return join(left, op, right), value
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a policy reads: conversations as token ids
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """B conversations. Prompts are left-padded, so that every first response starts in the same column; after it,
+    turns of different length leave holes, which attention hides."""
+    ids: torch.Tensor  # (B, S)
+    attention: torch.Tensor  # (B, S), 1 on real tokens
+    mask: torch.Tensor  # (B, T), from the first response on: 1.0 on the policy's own tokens, EOS included
+    pixels: list  # B, each row's pictures in reading order: (n, 3, H, W), or (0,)
+
+    def rows(self, rows):
+        chosen = torch.arange(len(self.ids), device=self.ids.device)[rows].tolist()
+        return Batch(self.ids[rows], self.attention[rows], self.mask[rows], [self.pixels[i] for i in chosen])
+
+    @property
+    def responses(self):  # (B, T)
+        return self.ids[:, -self.mask.shape[1]:]
+
+
+def encode_shown(model, tokenizer, text, first=True):
+    """Token ids of a prompt (first) or of an observation. A chat model gets its template, others plain text."""
+    vision = getattr(model.config, "vision_config", None)
+    text = text.replace(IMAGE, IMAGE * (vision.image_size // vision.patch_size) ** 2) if vision else text
+    if tokenizer.chat_template:
+        said = "<what the policy said>"
+        before = [] if first else [dict(role="user", content="-"), dict(role="assistant", content=said)]
+        text = tokenizer.apply_chat_template(before + [dict(role="user", content=text)], tokenize=False,
+                                             add_generation_prompt=True)
+        text = text.split(said)[-1].removeprefix(tokenizer.eos_token)  # an observation follows the policy's own EOS
+    return tokenizer(text, add_special_tokens=first and not tokenizer.chat_template)["input_ids"]
+
+
+def pad(rows, tokenizer, device, side="right"):
+    """(ids, attention), each (B, width), of lists of token ids."""
+    rows = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+    return (pad_sequence(rows, True, tokenizer.pad_token_id, side),
+            pad_sequence([torch.ones_like(row) for row in rows], True, 0, side))
+
+
+def pixels_of(images, device):
+    """(n, 3, H, W) in [-1, 1] of a list of (H, W, 3) uint8 pictures; (0,) of none."""
+    if not images:
+        return torch.empty(0, device=device)
+    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def encode_demos(model, tokenizer, episodes):
+    """Batch of the episodes' demonstrations."""
+    prompts, rests, masks, pixels = [], [], [], []
+    for turns in (episode.demonstration() for episode in episodes):
+        prompts.append(encode_shown(model, tokenizer, turns[0].shown))
+        rest, mask = [], []
+        for i, turn in enumerate(turns):
+            shown = encode_shown(model, tokenizer, turn.shown, first=False) if i else []
+            # EOS carries loss, or the policy would never learn to stop.
+            said = tokenizer(turn.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            rest, mask = rest + shown + said, mask + [0.0] * len(shown) + [float(turn.learn)] * len(said)
+        rests.append(rest)
+        masks.append(torch.tensor(mask, device=model.device))
+        pixels.append(pixels_of([turn.image for turn in turns if turn.image is not None], model.device))
+    ids, attention = (torch.cat(sides, 1) for sides in zip(pad(prompts, tokenizer, model.device, "left"),
+                                                           pad(rests, tokenizer, model.device)))
+    return Batch(ids, attention, pad_sequence(masks, True), pixels)
 
 
 # ---------------------------------------------------------------------------------------------------------------
