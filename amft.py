@@ -27,8 +27,7 @@ Shapes: P prompts, G samples of each, B = P * G conversations, S tokens of the w
 V vocabulary, D width, N parameters. theta, gradients and Adam's moments are flat (N,).
 """
 
-import argparse, copy, dataclasses, inspect, json, math, os, random, re, statistics, sys, time  # noqa: E401
-from collections import Counter
+import argparse, copy, dataclasses, inspect, json, math, os, random, re, sys, time  # noqa: E401
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +39,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
-from tasks import IMAGE, TASKS, Batch, encode_demos, encode_shown, interval, pad, pixels_of
+from tasks import TASKS, Batch, check_tokenizer, encode_demos, show, table
 
 # ----- Configuration: the flags. Their comments are what --help prints -----
 
@@ -68,7 +67,7 @@ class Config:
     temperature: float = flag(1.0, 0.01)  # of sampling, and of the log-probabilities
     max_new_tokens: int = flag(40, 1)  # longest response
     reward: str = flag("binary", choices=("binary", "graded"))  # 1/0 (Eq. 1), or the task's own points
-    advantage: str = flag("gae", choices=("gae", "group"))  # over value function phi, or over a prompt's other samples
+    advantage: str = flag("gae", choices=("gae", "group"))  # over value function phi, or a prompt's other samples
     clip: float = flag(0.2, 0, 1)  # PPO's range of the ratio
     ppo_epochs: int = flag(1, 1)  # updates with each batch of samples
     # Imitation
@@ -85,7 +84,6 @@ class Config:
     val_every: int = flag(0, 0)  # steps between evaluations on val; 0: none
     seed: int = flag(0, 0, 2 ** 62)  # of everything random; same seed, same CPU: same log
     device: str = flag("auto")  # cpu, cuda, mps; auto: the first of cuda, mps, cpu that is there
-    bf16: str = flag("auto", choices=("auto", "on", "off"))  # bfloat16 passes; auto: where the hardware has it
     micro_batch: int = flag(256, 1)  # sequences in one pass: memory only, same gradient
 
 SMOKE = dict(steps=9, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, meta_every=2, eval_n=40)
@@ -166,8 +164,7 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
     how = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id,
                            bos_token_id=tokenizer.bos_token_id, **sampling)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    ids, attention = pad([encode_shown(model, tokenizer, e.prompt) for e in episodes], tokenizer, device, "left")
-    pixels = [pixels_of([e.image] if IMAGE in e.prompt else [], device) for e in episodes]
+    ids, attention, pixels = show(model, tokenizer, episodes, [e.prompt for e in episodes], first=True)
     cache = read(model, ids, attention, pixels)  # each prompt once, not G times
     cache.batch_repeat_interleave(samples)
     ids, attention = ids.repeat_interleave(samples, 0), attention.repeat_interleave(samples, 0)
@@ -190,17 +187,16 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
         if done.all():
             break
         # A finished conversation is shown one EOS: nothing reads it, and generate expects no padding at the end.
-        observed, real = pad([encode_shown(model, tokenizer, text, first=False) if text else [eos] for text in shown],
-                             tokenizer, device, "left")
+        observed, real, pictures = show(model, tokenizer, played, shown)
         if ids.shape[1] + observed.shape[1] + max_new_tokens > longest:
             break  # out of room: what is not solved by now stays unsolved
         ids, attention = torch.cat([ids, observed], 1), torch.cat([attention, real], 1)
         graded, mask = (torch.cat([x, torch.zeros_like(real, dtype=x.dtype)], 1) for x in (graded, mask))
-        pictures = [pixels_of([e.image] if IMAGE in text else [], device) for e, text in zip(played, shown)]
         pixels = [torch.cat(both) for both in zip(pixels, pictures)]
         read(model, ids, attention, pictures, cache)
     success = torch.tensor([float(e.success) for e in played], device=device).view(-1, samples)
-    return Rollouts(played, Batch(ids, attention, mask, pixels), success, graded, entropy / mask.sum().item(), cut / turns)
+    batch = Batch(ids, attention, mask, pixels)
+    return Rollouts(played, batch, success, graded, entropy / mask.sum().item(), cut / turns)
 
 # ----- The two losses. Differs: each is divided by one number, the response tokens of its whole batch; otherwise -----
 # ----- mu would mean nothing, and a micro-batch or a skipped row would change the gradient                       -----
@@ -253,22 +249,25 @@ def value_function(model, lr=1e-3):
 class Advantages(NamedTuple):
     values: torch.Tensor  # (B, T)
     scale: float  # what they were divided by
-    returns: torch.Tensor = None  # (B, T), what phi learns; None without phi
 
-@torch.no_grad()
 def advantages_of(model, phi, rollouts, config):
-    """The Advantages of a step's rollouts, as --reward and --advantage say."""
+    """The Advantages of a step's rollouts, as --reward and --advantage say; phi then learns their returns."""
     batch, mask = rollouts.batch, rollouts.batch.mask
     last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask  # the conversation's last token
     rewards = rollouts.graded if config.reward == "graded" else rollouts.success.reshape(-1, 1) * last  # (B, T)
     if phi is None:
         values, scale = group_advantages(rewards.sum(1).view_as(rollouts.success))
         return Advantages(values.reshape(-1, 1) * mask, scale)
-    states = (outputs(model, batch.rows(rows), hidden=True)[1] for rows in micro(mask, config))
-    values, returns = gae(rewards, torch.cat([phi(part).squeeze(-1) for part in states]) * mask, mask)
+    with torch.no_grad():  # no gradient to the features: phi learns beside theta, and theta moves by Eq. 3 alone
+        states = torch.cat([outputs(model, batch.rows(rows), hidden=True)[1] for rows in micro(mask, config)])
+    baseline = phi(states).squeeze(-1) * mask
+    values, returns = gae(rewards, baseline.detach(), mask)
+    phi.optimizer.zero_grad()
+    (0.5 * ((baseline - returns) ** 2).sum() / mask.sum()).backward()
+    phi.optimizer.step()
     own = values[mask > 0]
     scale = own.std(correction=0).item() + 1e-8
-    return Advantages((values - own.mean()) / scale * mask, scale, returns)
+    return Advantages((values - own.mean()) / scale * mask, scale)
 
 # ----- Their gradients -----
 
@@ -281,38 +280,27 @@ def gradient(model, loss):  # (N,); 0 for what the loss does not use, as the las
     grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     return torch.cat([grad.reshape(-1) for grad in grads])
 
-def rl_gradient(model, phi, batch, advantages, config, old_logps=None):
-    """(grad L_RL (N,), logps (B, T), {loss: value}). phi takes a step of its own.
+def loss_gradient(model, batch, used, loss, config, temperature=1.0):
+    """(gradient (N,), logps (B, T), value) of a sum over the rows of `used`, loss(logps (b, T), rows (b,))."""
+    grad, logps, total = torch.zeros_like(flatten(model)), torch.zeros_like(batch.mask), 0.0
+    for rows in micro(used, config):
+        logp = logps_of(model, batch.rows(rows), temperature)
+        value, logps[rows] = loss(logp, rows), logp.detach()
+        grad, total = grad + gradient(model, value), total + value.item()
+    return grad, logps, total
 
-    old_logps: None on the first update, when the policy is still the one that sampled the batch."""
-    tokens, grad, logps = batch.mask.sum(), torch.zeros_like(flatten(model)), torch.zeros_like(batch.mask)
-    losses, fit = Counter(rl_loss=0.0), advantages.returns is not None
-    for rows in micro(advantages.values, config):
-        part = batch.rows(rows)
-        logits, hidden = outputs(model, part, config.temperature, hidden=fit)
-        logp = token_logps(logits, part.responses)
-        logps[rows] = logp.detach()
-        old = (logps if old_logps is None else old_logps)[rows]
-        loss = ppo_loss(logp, old, advantages.values[rows], part.mask, config.clip, tokens)
-        grad, losses["rl_loss"] = grad + gradient(model, loss), losses["rl_loss"] + loss.item()
-        if fit:  # on detached features: phi learns beside theta, and theta moves by Eq. 3 alone
-            error = (phi(hidden.detach()).squeeze(-1) - advantages.returns[rows]) * part.mask
-            value_loss = 0.5 * (error ** 2).sum() / tokens
-            value_loss.backward()
-            losses["value_loss"] += value_loss.item()
-    if fit:
-        phi.optimizer.step()
-        phi.optimizer.zero_grad()
-    return grad, logps, losses
+def rl_gradient(model, batch, advantages, config, old_logps=None):
+    """Of L_RL. old_logps: None on the first update, when the policy is still the one that sampled the batch."""
+    def loss(logp, rows, tokens=batch.mask.sum()):
+        old = logp.detach() if old_logps is None else old_logps[rows]
+        return ppo_loss(logp, old, advantages.values[rows], batch.mask[rows], config.clip, tokens)
+    return loss_gradient(model, batch, advantages.values, loss, config, config.temperature)
 
-def sft_gradient(model, batch, config, loss=sft_loss):
-    """(grad L_SFT (N,), logps (B, T), {"sft_loss": mean -log p}). loss(logps, mask, tokens, rows=), or sft_loss."""
-    tokens, grad, logps = batch.mask.sum(), torch.zeros_like(flatten(model)), torch.zeros_like(batch.mask)
-    for rows in micro(batch.mask, config):
-        logp, which = logps_of(model, batch.rows(rows)), {} if loss is sft_loss else dict(rows=rows)
-        logps[rows] = logp.detach()
-        grad = grad + gradient(model, loss(logp, batch.mask[rows], tokens, **which))
-    return grad, logps, dict(sft_loss=sft_loss(logps, batch.mask).item())
+def sft_gradient(model, batch, config, loss=lambda logps, mask, tokens, rows: sft_loss(logps, mask, tokens)):
+    """Of L_SFT; its value is Eq. 2's, mean -log p of a token, whatever the loss."""
+    part = partial(lambda tokens, logp, rows: loss(logp, batch.mask[rows], tokens, rows), batch.mask.sum())
+    grad, logps, _ = loss_gradient(model, batch, batch.mask, part, config)
+    return grad, logps, sft_loss(logps, batch.mask).item()
 
 # ----- The step theta' = step(theta, g(mu), Adam's state), and its derivative in mu -----
 
@@ -415,9 +403,8 @@ class Method:
     def advantages(self, s):
         return advantages_of(s.model, s.phi, s.rollouts, self.config)
 
-    def imitation_loss(self, s, logps, mask, tokens, rows):  # rows (b,) of s.demos
-        # SFT is on-policy RL whose reward carries 1/pi, so that what the policy finds unlikely dominates its gradient;
-        # the coefficient p, a constant, removes it (arXiv 2508.05629).
+    def imitation_loss(self, s, logps, mask, tokens, rows):  # of rows (b,) of s.demos
+        # SFT is RL whose reward carries 1/pi: the unlikely dominates. The constant p removes it (arXiv 2508.05629).
         c = logps.detach().exp() if self.config.imitation == "rectified" else 1.0
         return sft_loss(c * logps, mask, tokens)
 
@@ -502,17 +489,16 @@ def train(config, method, task, model, tokenizer, run):
             s.advantages, s.sampled = method.advantages(s), len(s.rollouts.episodes)
         if method.imitates(t):
             s.demos = encode_demos(model, tokenizer, [problems[i] for i in method.demonstrations(s)])
-        old_logps = None
+        old = None  # log-probabilities of the policy that sampled
         for s.update in range(config.ppo_epochs if s.rollouts else 1):
             # Their two gradients. (Eqs. 1-2)
             s.g_rl = s.g_sft = torch.zeros_like(theta)
             if s.rollouts:
-                s.g_rl, logps, losses = rl_gradient(model, phi, s.rollouts.batch, s.advantages, config, old_logps)
-                old_logps = logps if old_logps is None else old_logps
-                s.row.update(losses)
+                s.g_rl, logps, s.row["rl_loss"] = rl_gradient(model, s.rollouts.batch, s.advantages, config, old)
+                old = logps if old is None else old
             if s.demos:
-                s.g_sft, demo_logps, losses = sft_gradient(model, s.demos, config, partial(method.imitation_loss, s))
-                s.row.update(losses)
+                loss = partial(method.imitation_loss, s)
+                s.g_sft, demo_logps, s.row["sft_loss"] = sft_gradient(model, s.demos, config, loss)
             # Controller: mu, from the meta-gradient and the entropy. (Eqs. 4-6)
             s.mu = method.mu(s) if s.update == 0 else s.mu
             # One step on the unified loss, and d theta'/d mu, with which the next meta-gradient is taken. (Eq. 3)
@@ -520,13 +506,14 @@ def train(config, method, task, model, tokenizer, run):
             method.moved(s)
             theta, adam = s.theta, s.adam = adamw_step(s.theta, g, s.adam, s.lr)
             vector_to_parameters(theta, model.parameters())
-        s.row.update(grad_norm=g.norm().item(), grad_norm_rl=s.g_rl.norm().item(), grad_norm_sft=s.g_sft.norm().item())
+        for name, grad in (("grad_norm", g), ("grad_norm_rl", s.g_rl), ("grad_norm_sft", s.g_sft)):
+            s.row[name] = grad.norm().item()
         if s.demos:
             with torch.no_grad():
                 vector_to_parameters(reference, model.parameters())
-                ref_logps = torch.cat([logps_of(model, s.demos.rows(rows)) for rows in micro(s.demos.mask, config)])
+                ref = torch.cat([logps_of(model, s.demos.rows(rows)) for rows in micro(s.demos.mask, config)])
                 vector_to_parameters(theta, model.parameters())
-            s.row["implicit_reward"] = implicit_reward(demo_logps, ref_logps, s.demos.mask).mean().item()
+            s.row["implicit_reward"] = implicit_reward(demo_logps, ref, s.demos.mask).mean().item()
         run.log_step(s)
         if config.val_every and t % config.val_every == 0 and t < config.steps:
             run.report(t, model, tokenizer, task, config, ["val"])
@@ -536,26 +523,13 @@ def train(config, method, task, model, tokenizer, run):
 # ----- Evaluation -----
 
 def evaluate(model, tokenizer, task, split, n=400, samples=4, temperature=1.0, max_new_tokens=40, batch_size=64):
-    """Always the same n episodes of a split, or all that there are -> a row of the log.
-
-    success, low, high: of sampled responses, which Eq. 1 maximises, and its 95% interval; any: of episodes with a
-    success among their samples; greedy: at temperature 0; outcomes and the rest: of the samples."""
+    """A row of the log, as `Task.measures` says, on always the same n episodes of a split, or all that there are."""
     torch.manual_seed(0)
     episodes, sampled, greedy = task.episodes(split, n), [], []
     for part in (episodes[start:start + batch_size] for start in range(0, len(episodes), batch_size)):
         sampled += rollout(model, tokenizer, part, samples, max_new_tokens, temperature).episodes
         greedy += rollout(model, tokenizer, part, 1, max_new_tokens, temperature=0).episodes
-    success, low, high = interval([(e.success, e.unit) for e in sampled])
-    hits = torch.tensor([float(e.success) for e in sampled]).view(-1, samples)
-    return dict(split=split, n=len(episodes), samples=samples, success=success, low=low, high=high,
-                any=hits.amax(1).mean().item(), greedy=statistics.mean(float(e.success) for e in greedy),
-                **task.measures(sampled))
-
-def print_table(columns):  # {heading: [eval row of each split]}
-    print(f"\n{'success, %':14}" + "".join(f"{name + ': sampled [95%] any greedy':>36}" for name in columns))
-    for rows in zip(*columns.values()):
-        cells = ([100 * row[key] for key in ("success", "low", "high", "any", "greedy")] for row in rows)
-        print(f"{rows[0]['split']:14}" + "".join("{:14.1f} [{:4.1f}, {:4.1f}]{:4.0f}{:6.0f}".format(*c) for c in cells))
+    return dict(split=split, n=len(episodes), samples=samples, **task.measures(sampled, greedy))
 
 # ----- A run's folder: metrics.jsonl (a JSON object a line), state.pt (what --resume reads), final/ (the policy) -----
 
@@ -644,22 +618,14 @@ def load_policy(config, task):
         tokenizer = AutoTokenizer.from_pretrained(source)
         if info["missing_keys"] or info["mismatched_keys"] or not flatten(model).isfinite().all():
             raise ValueError("weights are missing, or not finite")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        check_tokenizer(tokenizer, episode, config.max_new_tokens)
     except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own
-        raise UserError(f"--model {config.model}: not a {'vision-language ' * eyes}checkpoint that transformers can "
-                        f"load ({(str(error).splitlines() or [type(error).__name__])[0][:100]})")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    for text in (text for turn in episode.demonstration() for text in (turn.shown, turn.response)):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if tokenizer.decode(ids).split() != text.split():
-            raise UserError(f"--model {config.model}: its tokenizer cannot encode the task {config.task}")
-    if len(ids) >= config.max_new_tokens:
-        raise UserError(f"--max-new-tokens {config.max_new_tokens}: a demonstration has {len(ids) + 1}")
+        raise UserError(f"--model {config.model}: not a {'vision-language ' * eyes}checkpoint for {config.task} "
+                        f"({(str(error).splitlines() or [type(error).__name__])[0][:120]})")
     if eyes:  # a response may not hold the token that a picture stands for: no picture would come with it
         token = torch.tensor([model.config.image_token_id], device=config.device)
         model.get_output_embeddings().register_forward_hook(lambda _, __, out: out.index_fill(-1, token, -1e9))
-    if config.bf16 == "on" or config.bf16 == "auto" and config.device != "cpu" and torch.cuda.is_bf16_supported():
-        # Parameters, gradients, moments and controller stay in float32. On a CPU it has to be asked for.
-        model.forward = torch.autocast(config.device.split(":")[0], torch.bfloat16)(model.forward)
     return model.to(config.device).eval(), tokenizer
 
 def parse(argv, methods, config_class):
@@ -670,13 +636,13 @@ def parse(argv, methods, config_class):
     source = "".join(inspect.getsource(c) for c in config_class.__mro__[:-1])
     texts, fields = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M)), dataclasses.fields(config_class)
     for f in fields:
-        def value(text, f=f):
-            low, high = f.metadata["low"], f.metadata["high"]
-            if low is not None and not (math.isfinite(f.type(text)) and low <= f.type(text) <= high):
+        def value(text, f=f, low=f.metadata["low"], high=f.metadata["high"]):
+            if low is not None and not (low <= f.type(text) <= high and math.isfinite(f.type(text))):
                 raise argparse.ArgumentTypeError(f"{text}: must be finite, at least {low} and at most {high}")
             return f.type(text)
-        parser.add_argument("--" + f.name.replace("_", "-"), type=value, help=f"{texts[f.name]} (default: {f.default})",
-                            choices=tuple(methods) if f.name == "method" else f.metadata["choices"])
+        choices = tuple(methods) if f.name == "method" else f.metadata["choices"]
+        parser.add_argument("--" + f.name.replace("_", "-"), type=value, choices=choices,
+                            help=f"{texts[f.name]} (default: {f.default})")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/TASK, numbered if taken)")
     parser.add_argument("--resume", type=Path, help="go on with the run in this folder, with its own settings")
     parser.add_argument("--eval-only", action="store_true", help="evaluate --model on every split and stop")
@@ -691,15 +657,14 @@ def parse(argv, methods, config_class):
         given = parser.parse_args([f"--{f.name.replace('_', '-')}={rows[0].get(f.name)}" for f in fields])
         return config_class(**vars(given)), folder, False
     cls, task = methods[given.get("method", "amft")], TASKS[given.get("task", "gp")]
-    evaluates = "task model data eval_n temperature max_new_tokens device bf16 smoke eval_only".split()
+    evaluates = "task model data eval_n temperature max_new_tokens device smoke eval_only".split()
     for name in given:
-        if "eval_only" in given and name not in evaluates or name in cls.unused:
-            why = "--eval-only" if "eval_only" in given else f"--method {given['method']}"
-            raise UserError(f"--{name.replace('_', '-')}: is not used by {why}")
+        if name in cls.unused or "eval_only" in given and name not in evaluates:
+            raise UserError(f"--{name.replace('_', '-')}: is not used by --method {cls.__name__} or --eval-only")
     paper = dict(utility="val", trace=0.0) if given.get("controller") == "paper" else {}
     settings = {**task.defaults, **(SMOKE if "smoke" in given else {}), **cls.defaults, **paper, **given}
     config = config_class(**{f.name: settings[f.name] for f in fields if f.name in settings})
-    numbered = (Path(f"runs/{config.task}{suffix}") for suffix in ["", *(f"-{i}" for i in range(2, 10000))])
+    numbered = (Path(f"runs/{config.task}" + f"-{i}" * (i > 1)) for i in range(1, 10000))
     folder = given.get("out") or next(name for name in numbered if not name.exists())
     return config, None if "eval_only" in given else folder, True
 
@@ -713,8 +678,8 @@ def check(config, method):
     need(config.mu_min <= config.mu_max, "mu_min", f"at most --mu-max, {config.mu_max}")
     need("mu_min" in method.unused or config.mu_min <= config.mu <= config.mu_max, "mu", "in [--mu-min, --mu-max]")
     need(not config.data or config.task == "math", "data", "left out, but with --task math")
-    if config.device == "auto":
-        config.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    config.device = best if config.device == "auto" else config.device
     try:
         torch.zeros(1, device=config.device).cpu()
     except (RuntimeError, AssertionError) as error:
@@ -729,7 +694,7 @@ def main(argv=None, methods=METHODS, config_class=Config):
         model, tokenizer = load_policy(config, task)
         if folder is None:
             how = config.eval_n, 4, config.temperature, config.max_new_tokens
-            return print_table({config.model: [evaluate(model, tokenizer, task, split, *how) for split in task.splits]})
+            return print(table({config.model: [evaluate(model, tokenizer, task, split, *how) for split in task.splits]}))
         run = Run(folder, config if new else None)
         train(config, methods[config.method](config), task, model, tokenizer, run)
         run.report(config.steps, model, tokenizer, task, config)
@@ -737,7 +702,7 @@ def main(argv=None, methods=METHODS, config_class=Config):
         tokenizer.save_pretrained(folder / "final")
         run.write("final", rollouts=run.rollouts, seconds=round(run.seconds, 1))
         rows = [row for row in run.rows("eval") if row["whole"]]
-        print_table({name: [row for row in rows if row["step"] == t] for name, t in (("base", 0), ("end", config.steps))})
+        print(table({f"step {t}": [row for row in rows if row["step"] == t] for t in (0, config.steps)}))
         print(f"{config.steps} steps, {run.rollouts} responses, {run.seconds / 60:.1f} minutes; {folder} has log and policy")
     except (UserError, OSError, ValueError, KeyboardInterrupt) as error:  # ValueError: --data
         if isinstance(error, BrokenPipeError):  # | head: the interpreter's last flush must not fail again

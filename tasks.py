@@ -128,10 +128,20 @@ class Task:
         rng = random.Random(f"evaluate {split}")
         return [self.sample(split, rng) for _ in range(n)]
 
-    def measures(self, played):
-        """What an evaluation tells beside success, of episodes that were played to their ends."""
+    def measures(self, played, greedy):
+        """What an evaluation tells of its episodes, played to their ends: each several times, and once greedily.
+
+        success, low, high: of sampled responses, which is what Eq. 1 maximises, with its 95% interval; any: of the
+        episodes, how many had a success among their samples; greedy: of responses at temperature 0. Of the samples:
+        outcomes, and where they say something else, each as (share, low, high), step_accuracy of single responses,
+        first_try, solved without a failed attempt, and recognition, responses that read right what was shown.
+        """
+        success, low, high = interval([(e.success, e.unit) for e in played])
+        hits = np.reshape([float(e.success) for e in played], (len(greedy), -1))
         outcomes = Counter(outcome for episode in played for outcome in episode.history)
-        row = dict(outcomes={name: outcomes[name] for name in self.episode.outcomes})
+        row = dict(success=success, low=low, high=high, any=float(hits.max(1).mean()),
+                   greedy=float(np.mean([e.success for e in greedy])),
+                   outcomes={name: outcomes[name] for name in self.episode.outcomes})
         if any(episode.points > 1 or episode.attempts > 1 for episode in played):
             correct = [(e, [outcome == "correct" for outcome in e.history]) for e in played]
             row["step_accuracy"] = interval([(hit, e.unit) for e, hits in correct for hit in hits])
@@ -139,6 +149,16 @@ class Task:
         if played[0].seen[0] is not None:
             row["recognition"] = interval([(hit, e.unit) for e in played for hit in e.seen])
         return row
+
+
+def table(columns):
+    """The text of a table of success in percent; columns: {heading: [eval row of each split]}."""
+    lines = [f"{'success, %':14}" + "".join(f"{name + ': sampled [95%] any greedy':>36}" for name in columns)]
+    for rows in zip(*columns.values()):
+        cells = ([100 * row[key] for key in ("success", "low", "high", "any", "greedy")] for row in rows)
+        lines.append(f"{rows[0]['split']:14}"
+                     + "".join("{:14.1f} [{:4.1f}, {:4.1f}]{:4.0f}{:6.0f}".format(*cell) for cell in cells))
+    return "\n".join(lines)
 
 
 def interval(pairs, z=1.96):
@@ -533,6 +553,17 @@ def encode_shown(model, tokenizer, text, first=True):
     return tokenizer(text, add_special_tokens=first and not tokenizer.chat_template)["input_ids"]
 
 
+def check_tokenizer(tokenizer, episode, max_new_tokens):
+    """Raise ValueError where it cannot encode the episode's texts, or the expert's responses are too long."""
+    for turn in episode.demonstration():
+        for text in (turn.shown, turn.response):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if tokenizer.decode(ids).split() != text.split():
+                raise ValueError(f"its tokenizer cannot encode the task: a text comes back as {text[-60:]!r}")
+        if len(ids) >= max_new_tokens:
+            raise ValueError(f"a demonstration has {len(ids) + 1} tokens, --max-new-tokens is {max_new_tokens}")
+
+
 def pad(rows, tokenizer, device, side="right"):
     """(ids, attention), each (B, width), of lists of token ids."""
     rows = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
@@ -545,6 +576,13 @@ def pixels_of(images, device):
     if not images:
         return torch.empty(0, device=device)
     return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def show(model, tokenizer, episodes, texts, first=False):
+    """(ids, attention, each (B, width) and left-padded, pixels) of the texts that episodes show; "" is one EOS."""
+    ids = [encode_shown(model, tokenizer, text, first) if text else [tokenizer.eos_token_id] for text in texts]
+    pixels = [pixels_of([e.image] if IMAGE in text else [], model.device) for e, text in zip(episodes, texts)]
+    return *pad(ids, tokenizer, model.device, "left"), pixels
 
 
 def encode_demos(model, tokenizer, episodes):
@@ -1062,7 +1100,7 @@ TASKS = {"gp": GeneralPoints, "gp-turns": GeneralPointsTurns, "gp-vl": GeneralPo
          "math": Mathematics}
 
 
-def show(name):
+def show_task(name):
     """Print an episode of each split, played by its expert; with pictures, also draw what the policy sees."""
     task, pictures = TASKS[name](), []
     for split in ("train", *task.splits):
@@ -1093,4 +1131,4 @@ def show(name):
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--show", choices=TASKS, default="gp", help="the task to print, and to draw")
-    show(arguments.parse_args().show)
+    show_task(arguments.parse_args().show)
