@@ -1,7 +1,8 @@
 """Tests of amft.py and tasks.py: each against an independent reference (a slow loop, an enumeration, a float64 finite
 difference, torch's own optimiser), never against a copy of the code.
 
-    python -m pytest -q
+    python -m pytest -q test_amft.py
+    AMFT_SLOW=1 python -m pytest -q test_amft.py     # and what takes longer
 
 AMFT_MODULE names the module under test (default amft), so that this file grades a student's version; AMFT_TEST_SEED
 (default 0) draws the inputs, so that a grader can draw others.
@@ -9,6 +10,7 @@ AMFT_MODULE names the module under test (default amft), so that this file grades
 
 import copy
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -22,6 +24,7 @@ import sys
 import time
 from collections import Counter
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +40,13 @@ sys.path[:0] = [str(HERE), str(HERE / "base")]
 amft = importlib.import_module(os.environ.get("AMFT_MODULE", "amft"))
 tasks = importlib.import_module("tasks")
 SEED = int(os.environ.get("AMFT_TEST_SEED", "0"))
+slow = pytest.mark.skipif(not os.environ.get("AMFT_SLOW"), reason="takes longer: AMFT_SLOW=1 runs it")
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(monkeypatch):
     torch.manual_seed(SEED)
+    monkeypatch.setattr(sys, "argv", ["amft.py"])
 
 
 def roughened(model):
@@ -76,15 +81,49 @@ def tiny(tmp_path_factory, tokenizer):
     return str(folder)
 
 
+def configured(**settings):
+    return amft.Config(**{"device": "cpu", **settings})
+
+
+def tiny_argv(model, out, *flags):
+    return ["--task", "gp", "--smoke", "--model", model, "--out", str(out), "--device", "cpu",
+            "--eval-n", "8", "--max-new-tokens", "34", *flags]
+
+
 def tiny_run(model, out, *flags):
     """A run of seconds; returns the rows of its log."""
-    amft.main(["--task", "gp", "--smoke", "--model", model, "--out", str(out), "--device", "cpu", "--eval-n", "8",
-               "--max-new-tokens", "34", *flags])
+    amft.main(tiny_argv(model, out, *flags))
     return read(out)
 
 
-def read(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+def read(out, kind=None):
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if kind in (None, row["kind"])]
+
+
+@pytest.fixture
+def unevaluated(monkeypatch):
+    """Runs spend their time on steps."""
+    monkeypatch.setattr(amft, "evaluate", lambda model, tokenizer, task, split, *_, **__: dict(
+        split=split, n=1, success=0.0, low=0.0, high=1.0, any=0.0, greedy=0.0, outcomes={}))
+
+
+@pytest.fixture
+def rewarded(monkeypatch):
+    """Rewards that a random policy does get, so that its RL gradient is not zero."""
+    monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: "correct" if len(text) % 2 else "no_answer")
+
+
+def spied(monkeypatch, name):
+    """Results and arguments of every call of a function of amft: [(result, args, kwargs)]."""
+    calls, true = [], getattr(amft, name)
+
+    def spy(*args, **kwargs):
+        result = true(*args, **kwargs)
+        calls.append((result, args, kwargs))
+        return result
+    monkeypatch.setattr(amft, name, spy)
+    return calls
 
 
 # --- a world small enough to enumerate: 5 tokens, responses of exactly 2 tokens, 3 prompts ------------------------
@@ -94,27 +133,42 @@ PROMPTS = torch.tensor([[1, 2, 3], [4, 0, 2], [3, 3, 1]])
 ALL = torch.tensor(list(itertools.product(range(V), repeat=T)))  # (25, 2): every response
 
 
+def batch_of(prompts, responses, mask=None):
+    ids = torch.cat([prompts, responses], 1)
+    mask = torch.ones(responses.shape, dtype=torch.float64) if mask is None else mask
+    return amft.Batch(ids, torch.ones_like(ids), mask, [torch.empty(0)] * len(ids))
+
+
 def sequences(prompt):
     """Batch of a prompt with every response."""
-    ids = torch.cat([prompt.expand(len(ALL), -1), ALL], 1)
-    return amft.Batch(ids, torch.ones_like(ids), torch.ones(len(ALL), T, dtype=torch.float64))
+    return batch_of(prompt.expand(len(ALL), -1), ALL)
 
 
-def exact_logps(model, prompt):
+def rollouts_of(batch, success, graded=None):
+    return amft.Rollouts([], batch, success, torch.zeros_like(batch.mask) if graded is None else graded, 0.0, 0.0)
+
+
+def exact_logps(model, prompt, temperature=1.0):
     """log pi(y|x) of every response (25,), straight from the chain rule and a plain forward pass."""
-    first = model(prompt.unsqueeze(0)).logits[0, -1].log_softmax(-1)
-    second = model(torch.cat([prompt.expand(V, -1), torch.arange(V).unsqueeze(1)], 1)).logits[:, -1].log_softmax(-1)
-    return (first.unsqueeze(1) + second).reshape(-1)
+    first = (model(prompt.unsqueeze(0)).logits[0, -1] / temperature).log_softmax(-1)
+    second = model(torch.cat([prompt.expand(V, -1), torch.arange(V).unsqueeze(1)], 1)).logits[:, -1] / temperature
+    return (first.unsqueeze(1) + second.log_softmax(-1)).reshape(-1)
 
 
-def exact_utility(model, reward):
+def exact_utility(model, reward, temperature=1.0):
     """U(theta) = E[R] by enumeration; reward (3, 25)."""
-    return sum((exact_logps(model, p).exp() * r).sum() for p, r in zip(PROMPTS, reward)) / len(PROMPTS)
+    return sum((exact_logps(model, p, temperature).exp() * r).sum() for p, r in zip(PROMPTS, reward)) / len(PROMPTS)
 
 
 def flat_grad(loss, model):
     grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     return torch.cat([grad.reshape(-1) for grad in grads])
+
+
+def close(actual, expected, rtol):
+    """Relative to the whole vector: no entry is held to an absolute size."""
+    assert expected.norm() > 0
+    assert (actual - expected).norm() <= rtol * expected.norm(), ((actual - expected).norm() / expected.norm()).item()
 
 
 def toy(steps_before):
@@ -170,7 +224,8 @@ def test_step_equals_torch(max_norm, weight_decay):
 @pytest.mark.parametrize("clipped", [False, True])
 @pytest.mark.parametrize("steps_before", [0, 1, 30])
 @pytest.mark.parametrize("mu", [0.3, 0.9])
-def test_meta_gradient_is_the_finite_difference_of_exact_utility(clipped, steps_before, mu):
+def test_sensitivity_is_the_finite_difference_of_exact_utility(clipped, steps_before, mu):
+    """The oracle: dU/dmu of the exact U after the whole step, torch's own, in float64, against <grad U, d theta'/d mu>."""
     model, reward, g_rl, g_sft, state = toy(steps_before)
     if not steps_before:  # the first step is sign(g) but within eps of 0: keep g(mu) from crossing it, as h would
         g_sft = g_rl * (1 + torch.rand_like(g_rl))
@@ -188,13 +243,87 @@ def test_meta_gradient_is_the_finite_difference_of_exact_utility(clipped, steps_
     tangent = amft.step_sensitivity(theta, g_rl, g_sft, mu, state, **how)[0]
     stepped, _ = amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, **how)
     vector_to_parameters(stepped.clone(), model.parameters())
-    actual = 0.0
-    for prompt, r in zip(PROMPTS, reward):  # E over every response, weighted by its probability, instead of samples
-        dlogps = amft.logp_sensitivity(model, stepped, tangent, sequences(prompt))
-        actual += (exact_logps(model, prompt).exp() * r * dlogps).sum().item() / len(PROMPTS)
-    assert actual == pytest.approx(expected, rel=1e-4, abs=1e-8)
+    slope = flat_grad(exact_utility(model, reward), model)
+    # The tolerance is relative to what the inner product could be: it may happen to be near 0.
+    assert (slope @ tangent).item() == pytest.approx(
+        expected, rel=1e-4, abs=1e-5 * (slope.norm() * tangent.norm()).item() + 1e-10)
     if steps_before:
-        assert abs(expected) > 1e-4  # there is something to compare
+        assert tangent.norm() > 1e-3 * how["lr"]  # there is something to compare
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_meta_gradient_is_exactly_unbiased(temperature):
+    """Every pair of responses at its probability, G = 2: the expectation is <grad U, tangent> by enumeration, where U is
+    the success of sampling at the temperature."""
+    model, reward, g_rl, g_sft, state = toy(10)
+    tangent = amft.step_sensitivity(amft.flatten(model), g_rl, g_sft, 0.5, state, lr=0.05)[0]
+    config, expected, total = configured(temperature=temperature), [], []
+    for prompt, r in zip(PROMPTS[:2], reward):
+        right, wrong = r.nonzero().squeeze(1)[:4].tolist(), (1 - r).nonzero().squeeze(1)[:7].tolist()
+        chosen = right + wrong  # a task whose responses are these, renormalised: fewer pairs, as exact
+        logps = exact_logps(model, prompt, temperature)[chosen].log_softmax(0)
+        p = logps.exp().detach()
+        # sum over pairs of p_i p_j estimate(i, j); pairs of equal reward have none
+        value = 0.0
+        for (i, y), (j, z) in itertools.product(enumerate(right), enumerate(wrong, len(right))):
+            batch = batch_of(prompt.expand(2, -1), ALL[[y, z]])
+            estimate = amft.meta_gradient(model, tangent, rollouts_of(batch, torch.tensor([[1.0, 0.0]])), config)[0]
+            raw = exact_logps(model, prompt, temperature)
+            # Given i right and j wrong, r_i - r_j = 1: half of the difference of their scores.
+            score = flat_grad((raw[y] - raw[z]) / 2, model) @ tangent
+            assert estimate == pytest.approx(score.item(), rel=1e-3, abs=1e-5 * tangent.norm().item())
+            value += 2 * (p[i] * p[j]).item() * estimate
+        total.append(value)
+        expected.append((flat_grad(logps[:len(right)].exp().sum(), model) @ tangent).item())
+    size = tangent.norm().item()
+    assert total == pytest.approx(expected, rel=2e-3, abs=1e-5 * size)
+
+
+def test_meta_gradient_against_a_slow_loop():
+    """Prompts of different difficulty, one without a signal, conversations of different length: each sample's reward
+    less the mean of its prompt's others, times its score; the standard error is over prompts."""
+    model, P, G = toy_model(), 5, 4
+    prompts, said = PROMPTS[[0, 1, 2, 0, 1]].repeat_interleave(G, 0), torch.randint(V, (P * G, T))
+    mask = torch.ones(P * G, T, dtype=torch.float64)
+    mask[torch.randperm(P * G)[:6], 1] = 0
+    success = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]])
+    tangent, tau, slopes = torch.randn_like(amft.flatten(model)), 0.7, []
+    for p in range(P):
+        total = 0.0
+        for g in range(G):
+            ids = torch.cat([prompts[p * G + g], said[p * G + g]]).unsqueeze(0)
+            logp = (model(ids).logits[0] / tau).log_softmax(-1)
+            others = sum(success[p, k] for k in range(G) if k != g) / (G - 1)
+            total = total + (success[p, g] - others) * sum(
+                mask[p * G + g, t] * logp[2 + t, ids[0, 3 + t]] for t in range(T)) / G
+        slopes.append((flat_grad(total, model) @ tangent).item())
+    slope, error = amft.meta_gradient(model, tangent, rollouts_of(batch_of(prompts, said, mask), success),
+                                      configured(temperature=tau, samples=G))
+    size = np.abs(slopes).max()
+    assert slope == pytest.approx(np.mean(slopes), rel=1e-4, abs=1e-5 * size)
+    assert error == pytest.approx(np.std(slopes, ddof=1) / math.sqrt(P), rel=1e-4) and slopes[2] == slopes[4] == 0
+
+
+def test_the_standard_error_of_the_meta_gradient_covers():
+    """Sampled on the toy world through a linear stand-in for the policy's scores: 95% of intervals hold the truth."""
+    model, reward, g_rl, g_sft, state = toy(10)
+    tangent = amft.step_sensitivity(amft.flatten(model), g_rl, g_sft, 0.5, state, lr=0.05)[0]
+    with torch.no_grad():
+        probabilities = torch.stack([exact_logps(model, p).exp() for p in PROMPTS])
+    scores = torch.stack([torch.stack([flat_grad(exact_logps(model, p)[y], model) @ tangent for y in range(len(ALL))])
+                          for p in PROMPTS])
+    truth = (probabilities * reward * scores).sum().item() / 3
+    P, G, repetitions = 12, 4, 60
+    estimates, errors = np.zeros(repetitions), np.zeros(repetitions)
+    for i in range(repetitions):
+        which = torch.randint(3, (P,))
+        samples = torch.multinomial(probabilities[which], G, replacement=True)
+        batch = batch_of(PROMPTS[which].repeat_interleave(G, 0), ALL[samples.flatten()])
+        success = reward[which.unsqueeze(1), samples].float()
+        estimates[i], errors[i] = amft.meta_gradient(model, tangent, rollouts_of(batch, success), configured())
+    assert abs(estimates.mean() - truth) < 4.5 * estimates.std() / math.sqrt(repetitions)
+    assert np.sqrt(np.mean(errors ** 2)) == pytest.approx(estimates.std(), rel=0.45)
+    assert np.mean(abs(estimates - truth) < 1.96 * errors) > 0.75
 
 
 def test_adams_first_step_hides_mu():
@@ -217,168 +346,196 @@ def test_sensitivity_is_finite_where_no_gradient_ever_came():
         assert amft.step_sensitivity(theta, zeros, zeros, 0.5, state, lr=0.1)[0].isfinite().all()
 
 
-def test_per_sample_form_equals_the_backward_inner_product():
-    model, reward, g_rl, g_sft, state = toy(5)
-    theta = amft.flatten(model)
-    tangent = amft.step_sensitivity(theta, g_rl, g_sft, 0.4, state, lr=0.05)[0]
-    batch = sequences(PROMPTS[0])
-    dlogps = amft.logp_sensitivity(model, theta, tangent, batch)
-    weights = torch.rand(len(ALL), dtype=torch.float64)
-    backward = flat_grad((exact_logps(model, PROMPTS[0]) * weights).sum(), model) @ tangent
-    torch.testing.assert_close((dlogps * weights).sum(), backward, rtol=1e-9, atol=0)
-
-
-def test_meta_gradient_is_unbiased_and_its_standard_error_covers():
-    """Sampled on the toy world: mean over repetitions = the exact value, and 95% of intervals hold it."""
-    model, reward, g_rl, g_sft, state = toy(10)
-    theta = amft.flatten(model)
-    tangent = amft.step_sensitivity(theta, g_rl, g_sft, 0.5, state, lr=0.05)[0]
-    with torch.no_grad():
-        probabilities = torch.stack([exact_logps(model, p).exp() for p in PROMPTS])
-    dlogps = torch.stack([amft.logp_sensitivity(model, theta, tangent, sequences(p)) for p in PROMPTS])
-    truth = (probabilities * reward * dlogps).sum().item() / 3
-    P, G, repetitions = 48, 4, 1500
-    estimates, errors = np.zeros(repetitions), np.zeros(repetitions)
-    for i in range(repetitions):
-        which = torch.randint(3, (P,))
-        samples = torch.multinomial(probabilities[which], G, replacement=True)
-        rows = which.unsqueeze(1)
-        estimates[i], errors[i] = amft.meta_gradient(reward[rows, samples], dlogps[rows, samples])
-    assert abs(estimates.mean() - truth) < 4 * estimates.std() / math.sqrt(repetitions)
-    assert np.mean(errors) == pytest.approx(estimates.std(), rel=0.1)
-    assert 0.91 < np.mean(abs(estimates - truth) < 1.96 * errors) < 0.98
-
-
 @pytest.mark.parametrize("advantage", ["group", "gae"])
 def test_own_meta_gradient_is_the_slope_of_the_samples_utility(advantage):
     """Central differences in float64, conversation by conversation: d/dh of the mean of (r - baseline) log pi at
-    theta + h tangent. Conversations of different length, a prompt without signal, the others equally hard."""
-    model, G = toy_model(), 6
+    theta + h tangent. Conversations of different length, a prompt without signal, the others not equally hard."""
+    model, G, tau = toy_model(), 6, 0.8
     prompts = PROMPTS[[0, 1, 2, 0]].repeat_interleave(G, 0)
     said = torch.randint(V, (4 * G, T))
     mask = torch.ones(4 * G, T, dtype=torch.float64)
     mask[torch.randperm(4 * G)[:9], 1] = 0  # these stopped after one token
     success = torch.zeros(4, G, dtype=torch.float64)
-    for row in range(3):
-        success[row, torch.randperm(G)[:2]] = 1.0
-    batch = amft.Batch(torch.cat([prompts, said], 1), torch.ones(4 * G, 3 + T, dtype=torch.long), mask)
-    rollouts = amft.Rollouts([], batch, [], [], None, success, 0.0, 0.0)
-    rollouts.rewards = torch.zeros_like(mask)
-    rollouts.rewards[range(4 * G), mask.sum(1).long() - 1] = success.flatten()
-    config = amft.Config(advantage=advantage, samples=G, device="cpu")
-    phi = torch.nn.Linear(12, 1).double() if advantage == "gae" else None
-    if phi is not None:  # a value of 0 everywhere: every token's return is the conversation's reward
-        phi.weight.data.zero_(), phi.bias.data.zero_()
+    for row, right in enumerate((1, 3, 5)):
+        success[row, torch.randperm(G)[:right]] = 1.0
+    rollouts = rollouts_of(batch_of(prompts, said, mask), success)
+    config = configured(advantage=advantage, samples=G, temperature=tau)
+    phi = None
+    if advantage == "gae":  # a value of 0 everywhere: every token's return is the conversation's reward
+        phi = amft.value_function(model)
+        phi[-1].weight.data.zero_(), phi[-1].bias.data.zero_()
         baseline = torch.full((4 * G,), ((success.flatten() * mask.sum(1)).sum() / mask.sum()).item()).double()
     else:  # the mean of a prompt's other samples
         baseline = ((success.sum(1, keepdim=True) - success) / (G - 1)).flatten()
-    amft.add_advantages(model, phi, rollouts, config)
-    g_rl, tangent = amft.rl_gradient(model, phi, rollouts, config)[0], torch.randn_like(amft.flatten(model))
+    advantages = amft.advantages_of(model, phi, rollouts, config)
+    g_rl = amft.rl_gradient(model, phi, rollouts.batch, advantages, config)[0]
+    tangent = torch.randn_like(amft.flatten(model))
 
     def weighted(h):
         moved = copy.deepcopy(model)
         vector_to_parameters(amft.flatten(model) + h * tangent, moved.parameters())
         total = 0.0
         for ids, words, m, r, b in zip(prompts, said, mask, success.flatten(), baseline):
-            logits = moved(torch.cat([ids, words]).unsqueeze(0)).logits[0].log_softmax(-1)
+            logits = (moved(torch.cat([ids, words]).unsqueeze(0)).logits[0] / tau).log_softmax(-1)
             total += (r - b) * sum(m[t] * logits[2 + t, words[t]] for t in range(T))
         return total.item() / (4 * G)
     with torch.no_grad():
         expected = (weighted(1e-5) - weighted(-1e-5)) / 2e-5
-    slope, error = amft.own_meta_gradient(g_rl, tangent, rollouts)
-    assert slope == pytest.approx(expected, rel=1e-5) and error == abs(slope) > 1e-4
+    slope, error = amft.own_meta_gradient(g_rl, tangent, rollouts.batch, advantages.scale)
+    size = (g_rl.norm() * tangent.norm()).item() * advantages.scale * T
+    assert slope == pytest.approx(expected, rel=1e-4, abs=1e-5 * size) and error == abs(slope) > 0
 
 
-def test_own_meta_gradient_is_unbiased_whatever_the_value_function_says():
+def test_own_meta_gradient_is_unbiased_whatever_the_value_function_says(monkeypatch):
     """Sampled on the toy world with a value function that knows nothing: mean over repetitions = <grad U, tangent> by
-    enumeration, with lambda = 1; also where every response succeeds and U is flat. With lambda = 0 the RL gradient has
-    a direction of its own there, and praises a policy that went that way: the tangent."""
+    enumeration; also where every response succeeds and U is flat. With lambda = 0 the RL gradient has a direction of
+    its own there, and praises a policy that went that way: the tangent."""
     model, reward, _, _, _ = toy(0)
-    phi = roughened(torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.Tanh(), torch.nn.Linear(12, 1)).double())
+    phi = amft.value_function(model)
+    roughened(phi)
     with torch.no_grad():
         probabilities = torch.stack([exact_logps(model, p).exp() for p in PROMPTS])
+    true = amft.gae
 
     def sampled(reward, lam, B=384):
         which = torch.randint(3, (B,))
         samples = torch.multinomial(probabilities[which], 1).squeeze(1)
-        ids, mask = torch.cat([PROMPTS[which], ALL[samples]], 1), torch.ones(B, T, dtype=torch.float64)
-        success = reward[which, samples].view(-1, 8)
-        rollouts = amft.Rollouts([], amft.Batch(ids, torch.ones_like(ids), mask), [], [], None, success, 0.0, 0.0)
-        rollouts.rewards = success.reshape(-1, 1) * torch.tensor([0.0, 1.0], dtype=torch.float64)
-        config = amft.Config(advantage="gae", lam=lam, device="cpu")
-        amft.add_advantages(model, phi, rollouts, config)
-        return amft.rl_gradient(model, phi, rollouts, config)[0], rollouts
+        rollouts = rollouts_of(batch_of(PROMPTS[which], ALL[samples]), reward[which, samples].view(-1, 8))
+        if lam < 1:
+            monkeypatch.setattr(amft, "gae", partial(true, lam=lam))
+        advantages = amft.advantages_of(model, phi, rollouts, configured())
+        monkeypatch.setattr(amft, "gae", true)
+        learner = copy.deepcopy(phi)
+        learner.optimizer = torch.optim.Adam(learner.parameters())
+        return amft.rl_gradient(model, learner, rollouts.batch, advantages, configured())[0], rollouts, advantages.scale
     always = torch.ones_like(reward)
     tangent = -sum(sampled(always, 0.0)[0] for _ in range(20))
 
     def z_of(reward, lam, repetitions=40):  # of the mean's distance from the truth
         truth = (flat_grad(exact_utility(model, reward), model) @ tangent).item()
-        slopes = [amft.own_meta_gradient(g, tangent, r)[0] for g, r in (sampled(reward, lam) for _ in range(repetitions))]
+        slopes = [amft.own_meta_gradient(g, tangent, r.batch, scale)[0]
+                  for g, r, scale in (sampled(reward, lam) for _ in range(repetitions))]
         return (np.mean(slopes) - truth) / (np.std(slopes, ddof=1) / math.sqrt(repetitions))
-    assert abs(z_of(reward, 1.0)) < 4 and abs(z_of(always, 1.0)) < 4 and z_of(always, 0.0) > 3
+    assert abs(z_of(reward, 1.0)) < 4.5 and abs(z_of(always, 1.0)) < 4.5 and z_of(always, 0.0) > 3
 
 
-def test_mu_follows_the_logged_meta_gradients(tiny, tmp_path, monkeypatch):
-    """Every force again from the log, in a slow loop: what a step learns by its RL gradient moves the next mu, along
-    d theta/d mu of the step before it; what it learns on validation prompts moves its own."""
-    monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: "correct" if len(text) % 2 else "no_answer")
-    true_own, steps, grads, asked = amft.own_meta_gradient, [], [], []
-
-    def recorded(name, results):
-        true = getattr(amft, name)
-        monkeypatch.setattr(amft, name, lambda *a, **k: results.append(true(*a, **k)) or results[-1])
-    recorded("step_sensitivity", steps)
-    recorded("rl_gradient", grads)
-    monkeypatch.setattr(amft, "own_meta_gradient",
-                        lambda g, v, r: asked.append((len(steps), g, v)) or true_own(g, v, r))
-    rows = [r for r in tiny_run(tiny, tmp_path / "run", "--trace", "0.5") if r["kind"] == "step" and r["step"] > 3]
-    assert [count for count, _, _ in asked] == [1, 2, 3, 4, 5]
-    assert all(g is grads[count][0] and v is steps[count - 1][0] for count, g, v in asked)
-    assert [r["step"] for r in rows if r["meta_grad"] is not None] == [5, 7, 9]
-    for now, row in enumerate(rows):
-        new = [[]] * 6
-        for i, r in enumerate(rows[:now + 1]):  # what is new at each step
-            own = rows[i - 1]["meta_own"] if i else None
-            new[i] = [(own, own)] * bool(own) + [(r["meta_grad"], r["meta_se"])] * bool(r["meta_se"])
-        counted = [i for i in range(now + 1) if new[i]]  # evidence fades where there is new evidence
-        total = sum(0.98 ** (len(counted) - 1 - j) * x for j, i in enumerate(counted) for x, _ in new[i])
-        square = sum(0.98 ** (2 * (len(counted) - 1 - j)) * e * e for j, i in enumerate(counted) for _, e in new[i])
-        force = 0.05 * math.erf(total / math.sqrt(2 * square)) if new[now] else 0.0
+def test_mu_follows_the_logged_meta_gradients(tiny, tmp_path, monkeypatch, unevaluated, rewarded):
+    """Every force and every mu again from the log, in a slow loop: a step's own gradients move its own mu, along the
+    d theta/d mu that the steps before it left."""
+    steps, grads = spied(monkeypatch, "step_sensitivity"), spied(monkeypatch, "rl_gradient")
+    owns, metas = spied(monkeypatch, "own_meta_gradient"), spied(monkeypatch, "meta_gradient")
+    rows = [r for r in tiny_run(tiny, tmp_path / "run", "--steps", "12", "--trace", "0.5", "--eta-h", "0.1")
+            if r["kind"] == "step" and r["step"] > 3]
+    assert len(owns) == 8 and len(steps) == len(grads) == 9
+    for i, (_, args, _) in enumerate(owns):  # the second mixed step has a step before it
+        assert args[0] is grads[i + 1][0][0] and args[1] is steps[i][0][0]
+    assert [r["step"] for r in rows if "meta_grad" in r] == [5, 7, 9, 11] == [4 + 1 + 2 * i for i in range(len(metas))]
+    assert all(args[1] is steps[2 * i][0][0] for i, (_, args, _) in enumerate(metas))
+    mu, total, square = 0.5, 0.0, 0.0
+    for row in rows:
+        new = [(row["meta_own"], row["meta_own"])] if row.get("meta_own") else []
+        new += [(row["meta_grad"], row["meta_se"])] if row.get("meta_se") else []
+        force = 0.0
+        if new:  # evidence fades where there is new evidence
+            total, square = 0.98 * total + sum(x for x, _ in new), 0.98 ** 2 * square + sum(e * e for _, e in new)
+            force = 0.05 * math.erf(total / math.sqrt(2 * square))
         assert row["meta_force"] == pytest.approx(force)
+        assert row["entropy_force"] == pytest.approx(0.1 * (rows[0]["entropy"] - row["entropy"]))
+        mu = min(max(mu + force + row["entropy_force"], 0.05), 0.95)
+        assert row["mu"] == pytest.approx(mu)
     assert sum(r["meta_force"] != 0 for r in rows) >= 4
-    rows = tiny_run(tiny, tmp_path / "val", "--meta-on", "val")
-    assert all(r["meta_own"] is None for r in rows if r["kind"] == "step") and len(asked) == 5
+    for choice, own, meta in (("val", 0, 1), ("train", 1, 0)):
+        rows = tiny_run(tiny, tmp_path / choice, "--utility", choice)
+        assert (any("meta_own" in r for r in rows), any("meta_grad" in r for r in rows)) == (own, meta)
 
 
-def test_published_settings_leave_mu_to_the_entropy_term(tokenizer):
+def test_the_step_and_its_derivative_hang_together_in_training(tiny, tmp_path, monkeypatch, unevaluated, rewarded):
+    """Each d theta/d mu is taken of the step that is taken, at its learning rate (which falls linearly to 0) and its mu,
+    from the theta and moments before it, and is handed the one before at the share trace."""
+    derivatives, moves = spied(monkeypatch, "step_sensitivity"), spied(monkeypatch, "adamw_step")
+    rows = tiny_run(tiny, tmp_path / "run", "--trace", "0.7", "--lr", "1e-3")
+    mus = [row["mu"] for row in rows if row["kind"] == "step"]
+    # jvp itself calls adamw_step: with a batch of dual tensors, which are no plain theta of the run
+    moves = [call for call in moves if not torch._C._functorch.is_gradtrackingtensor(call[1][0])
+             and torch.autograd.forward_ad.unpack_dual is not None]
+    names = list(inspect.signature(amft.step_sensitivity).parameters)[:-1]
+    steps = list(inspect.signature(amft.adamw_step).parameters)
+    moves = [dict(zip(steps, args), **kwargs, after=after) for after, args, kwargs in moves]
+    taken = [m for i, m in enumerate(moves) if i + 1 == len(moves) or moves[i + 1]["theta"] is m["after"][0]]
+    assert [m["lr"] for m in taken] == pytest.approx([1e-3 * (1 - i / 9) for i in range(9)])
+    before = None
+    assert len(derivatives) == 6
+    for t, (result, args, kwargs) in enumerate(derivatives, 4):
+        said = dict(zip(names, args), **kwargs)
+        assert said["lr"] == pytest.approx(1e-3 * (1 - (t - 1) / 9)) == taken[t - 1]["lr"]
+        assert said["theta"] is taken[t - 1]["theta"] and said["state"] is taken[t - 1]["state"]
+        assert said["mu"] == mus[t - 1] and said["last"] is before and (before is None or said["trace"] == 0.7)
+        close(taken[t - 1]["grad"], (1 - mus[t - 1]) * said["g_rl"] + mus[t - 1] * said["g_sft"], 1e-6)
+        before = result
+    other = tiny_run(tiny, tmp_path / "other", "--trace", "0", "--lr", "1e-3")
+    assert [r.get("meta_own") for r in other] != [r.get("meta_own") for r in rows]
+
+
+def test_sensitivity_fades_once_a_step_however_many_updates_it_has(tiny, tmp_path, monkeypatch, unevaluated, rewarded):
+    """All updates of a step belong to its one mu: --trace 0 keeps them all and forgets the step before. And the old
+    log-probabilities are those of the policy that sampled, at every update."""
+    derivatives, grads = spied(monkeypatch, "step_sensitivity"), spied(monkeypatch, "rl_gradient")
+    tiny_run(tiny, tmp_path / "run", "--ppo-epochs", "3", "--trace", "0", "--lr", "1e-2", "--utility", "train")
+    names = list(inspect.signature(amft.step_sensitivity).parameters)[:-1]
+    said = [dict(zip(names, args), **kwargs) for _, args, kwargs in derivatives]
+    assert len(said) == 18 and [s["trace"] for s in said] == [0, 1, 1] * 6
+    assert all(s["last"] is derivatives[i - 1][0] for i, s in enumerate(said) if i)
+    names = list(inspect.signature(amft.rl_gradient).parameters)
+    olds = [dict(zip(names, args), **kwargs).get("old_logps") for _, args, kwargs in grads]
+    for first in range(0, 18, 3):
+        at_sampling = grads[first][0][1]
+        assert olds[first] is None and all(torch.equal(olds[first + i], at_sampling) for i in (1, 2))
+    assert any(not torch.equal(grads[i][0][1], grads[i + 1][0][1]) for i in range(0, 18, 3))
+
+
+def test_the_target_entropy_is_measured_once_and_the_look_ahead_is_on_validation_prompts(tiny, tmp_path, monkeypatch,
+                                                                                        unevaluated, rewarded):
+    seen = spied(monkeypatch, "rollout")
+    rows = [r for r in tiny_run(tiny, tmp_path / "run", "--temperature", "1.3") if r["kind"] == "step"]
+    mixed = [r for r in rows if "entropy" in r]
+    assert [r["step"] for r in mixed] == [4, 5, 6, 7, 8, 9]
+    assert {r["target_entropy"] for r in mixed} == {mixed[0]["entropy"]} and len({r["entropy"] for r in mixed}) > 1
+    roles = [{tasks.ROLES[e.unit] for e in result.episodes} for result, _, _ in seen]
+    assert roles == [{r} for r in "train train val train train val train train val".split()]
+    for _, args, kwargs in seen:  # exploration and look-ahead are at the temperature
+        said = dict(zip(inspect.signature(amft.rollout).parameters, args), **kwargs)
+        assert said["temperature"] == 1.3 and said["max_new_tokens"] == 34 and said["samples"] == 4
+
+
+def test_published_settings_leave_mu_to_the_entropy_term(base):
     """Policy learning rate 1e-6, eta_mu 1e-4, a meta-gradient every 20 of 500 steps: mu moves by less than 1e-6."""
-    config = amft.Config(controller="paper", eta_mu=1e-4, entropy=False, lr=1e-6, meta_on="val", trace=0.0,
-                         advantage="group", device="cpu")
+    config = configured(controller="paper", eta_mu=1e-4, eta_h=0.0, lr=1e-6, utility="val", trace=0.0,
+                        advantage="group", samples=8, prompts=16)
     task, rng = tasks.GeneralPoints(), random.Random(SEED)
-    model, _ = amft.load_policy(config, task)
-    theta = amft.flatten(model)
-    state = amft.State(theta, amft.AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0), mu=0.5)
-    config.samples, config.meta_prompts = 8, 16
+    (model, tokenizer), start = base, amft.flatten(base[0])
+    theta, tangent = start, None
+    state = amft.AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
 
     def demos():
         return amft.encode_demos(model, tokenizer, [task.sample("train", rng) for _ in range(16)])
-    for _ in range(50):  # the published warm-up; on fresh moments a few entries with g(mu) near 0 make heavy tails
-        grad = amft.sft_gradient(model, demos(), config)[0]
-        theta, state.adam = amft.adamw_step(theta, grad, state.adam, lr=config.lr)
+    for _ in range(30):  # the published warm-up; on fresh moments a few entries with g(mu) near 0 make heavy tails
+        theta, state = amft.adamw_step(theta, amft.sft_gradient(model, demos(), config, no_rows)[0], state, lr=config.lr)
     for _ in range(3):
-        rollouts = amft.explore(model, tokenizer, [task.sample("train", rng) for _ in range(16)], config)
-        amft.add_advantages(model, None, rollouts, config)
-        g_sft, g_rl = amft.sft_gradient(model, demos(), config)[0], amft.rl_gradient(model, None, rollouts, config)[0]
-        state.sensitivity = amft.step_sensitivity(theta, g_rl, g_sft, 0.5, state.adam, lr=config.lr)
-        theta, state.adam = amft.adamw_step(theta, (g_rl + g_sft) / 2, state.adam, lr=config.lr)
-    state.theta = theta
+        seen = amft.rollout(model, tokenizer, [task.sample("train", rng) for _ in range(16)], 8, 40)
+        advantages = amft.advantages_of(model, None, seen, config)
+        g_sft = amft.sft_gradient(model, demos(), config, no_rows)[0]
+        g_rl = amft.rl_gradient(model, None, seen.batch, advantages, config)[0]
+        tangent = amft.step_sensitivity(theta, g_rl, g_sft, 0.5, state, lr=config.lr)[0]
+        theta, state = amft.adamw_step(theta, (g_rl + g_sft) / 2, state, lr=config.lr)
     vector_to_parameters(theta, model.parameters())
-    meta = amft.look_ahead(model, tokenizer, task, state, rng, config)
-    assert meta[1] > 0
+    seen = amft.rollout(model, tokenizer, [task.sample("val", rng) for _ in range(16)], 8, 40)
+    slope, error = amft.meta_gradient(model, tangent, seen, config)
+    vector_to_parameters(start, model.parameters())
+    assert error > 0
     mu = 0.5
     for _ in range(500 // 20):  # all 25 updates in the same direction, and at the far end of the interval
-        mu, _, _ = amft.update_mu(mu, 1.0, 1.0, [(abs(meta[0]) + 2 * meta[1], meta[1])], (0.0, 0.0), config)
-    assert 0 < mu - 0.5 < 1e-6, meta
+        mu, _, _ = amft.update_mu(mu, 1.0, 1.0, [(abs(slope) + 2 * error, error)], (0.0, 0.0), config)
+    assert 0 < mu - 0.5 < 1e-6, (slope, error)
 
 
 def test_reference_codes_formula_has_the_wrong_sign():
@@ -398,22 +555,22 @@ def test_reference_codes_formula_has_the_wrong_sign():
     slope = (utility(mu + h) - utility(mu - h)) / (2 * h)
     stepped = theta - alpha * (g_rl + g_sft) / 2
     reference = -alpha * (flat_grad(cross_entropy(stepped), model) @ (g_sft - g_rl)).item()
-    assert reference == pytest.approx(-slope, rel=1e-4) and abs(slope) > 1e-4
+    assert reference == pytest.approx(-slope, rel=1e-4, abs=1e-8 * alpha) and slope != 0
 
 
 # --- the controller -----------------------------------------------------------------------------------------------
 
 
 def controller(**settings):
-    return amft.Config(**dict(dict(eta_mu=0.1, eta_h=0.5, mu_min=0.1, mu_max=0.9, evidence_decay=0.5), **settings))
+    return configured(**dict(dict(eta_mu=0.1, eta_h=0.5, mu_min=0.1, mu_max=0.9), **settings))
 
 
 def test_controller_on_hand_computed_values():
-    update = amft.update_mu
+    update = partial(amft.update_mu, memory=0.5)
     # Entropy 0.2 below target, no meta-gradient: Eq. 6 raises mu by 0.5 * 0.2; the paper's text lowers it.
     assert update(0.5, 1.0, 1.2, (), (0.0, 0.0), controller())[0] == pytest.approx(0.6)
-    assert update(0.5, 1.0, 1.2, (), (0.0, 0.0), controller(entropy_sign="text"))[0] == pytest.approx(0.4)
-    assert update(0.5, 1.0, 1.2, (), (0.0, 0.0), controller(entropy=False))[0] == 0.5
+    assert update(0.5, 1.0, 1.2, (), (0.0, 0.0), controller(eta_h=-0.5))[0] == pytest.approx(0.4)
+    assert update(0.5, 1.0, 1.2, (), (0.0, 0.0), controller(eta_h=0.0))[0] == 0.5
     # Eq. 6 to the letter.
     mu, _, forces = update(0.5, 1.0, 1.2, [(-3.0, 1.0)], (0.0, 0.0), controller(controller="paper"))
     assert mu == pytest.approx(0.5 - 0.3 + 0.1) and forces == pytest.approx((-0.3, 0.1))
@@ -429,24 +586,30 @@ def test_controller_on_hand_computed_values():
     assert update(0.5, 1.0, 1.0, [(0.0, 0.0)], (0.0, 0.0), controller())[0] == 0.5
     # Two new estimates enter side by side: the sum 3 - 4, variances 1 + 4; the old evidence fades once.
     assert update(0.5, 1.0, 1.0, [(3.0, 1.0), (-4.0, 2.0)], (2.0, 8.0), controller())[1] == pytest.approx((0.0, 7.0))
+    assert update(0.5, 1.0, 1.0, [(3.0, 1.0), (0.0, 0.0)], (2.0, 8.0), controller())[1] == pytest.approx((4.0, 3.0))
 
 
 def test_evidence_does_not_depend_on_the_scale_of_the_meta_gradient_and_is_calibrated_without_signal():
     rng = np.random.default_rng(SEED)
-    noise = rng.normal(size=4000)
-    moves = []
+    noise, moves = rng.normal(size=4000), []
     for scale in (1.0, 1e-9):
         evidence, forces = (0.0, 0.0), []
         for x in noise * scale:
-            _, evidence, (force, _) = amft.update_mu(0.5, 1.0, 1.0, [(x, scale)], evidence, controller(eta_mu=1.0))
+            _, evidence, (force, _) = amft.update_mu(0.5, 1.0, 1.0, [(x, scale)], evidence, controller(eta_mu=1.0),
+                                                     memory=0.5)
             forces.append(force)
         moves.append(np.array(forces))
     np.testing.assert_allclose(moves[0], moves[1], rtol=1e-6)
     # Under no signal 2 Phi(z) - 1 is uniform on (-1, 1).
-    assert abs(moves[0].mean()) < 0.05 and moves[0].std() == pytest.approx(1 / math.sqrt(3), rel=0.05)
+    assert abs(moves[0].mean()) < 0.07 and moves[0].std() == pytest.approx(1 / math.sqrt(3), rel=0.07)
 
 
 # --- rewards and losses -------------------------------------------------------------------------------------------
+
+
+def no_rows(logps, mask, tokens, rows):
+    """amft.sft_loss as sft_gradient calls it."""
+    return amft.sft_loss(logps, mask, tokens)
 
 
 def random_batch(B=6, T=7):
@@ -497,20 +660,126 @@ def test_gae_against_its_definition():
 
 
 def test_group_advantages_by_hand():
-    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [5, -1, -3, -1]])
-    actual = amft.group_advantages(rewards)
-    torch.testing.assert_close(actual[0], torch.tensor([3.0, -1, -1, -1]) / math.sqrt(3))  # population std sqrt(3)/4
-    assert (actual[1:3] == 0).all()
-    torch.testing.assert_close(actual[3], torch.tensor([5.0, -1, -3, -1]) / 3)  # mean 0, variance 36 / 4
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [5, -1, -3, -1]], dtype=torch.float64)
+    actual, scale = amft.group_advantages(rewards)
+    expected = torch.tensor([[r - (sum(row) - r) / 3 for r in row] for row in rewards.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(actual * scale, expected)
+    assert scale == pytest.approx(np.std(expected.numpy()))  # one for the batch, of the population
+    assert actual[0].tolist() == pytest.approx([1 / scale, -1 / 3 / scale, -1 / 3 / scale, -1 / 3 / scale])
+    flat, scale = amft.group_advantages(torch.ones(3, 4))
+    assert (flat == 0).all() and scale > 0
     with pytest.raises(ValueError):
         amft.group_advantages(torch.ones(3, 1))
+
+
+def test_log_probabilities_of_large_logits():
+    """log(softmax) would underflow to -inf; the temperature must not round either."""
+    logits = torch.tensor([[[0.0, 300.0, -300.0], [1e4, 0.0, 1e4]]])
+    logps = amft.token_logps(logits, torch.tensor([[2, 1]]))
+    torch.testing.assert_close(logps, torch.tensor([[-600.0, -1e4 - math.log(2)]]))
+    logits = 3 * torch.randn(2, 3, V, dtype=torch.float64)
+    ids = torch.randint(V, (2, 3))
+    expected = [[(logits[b, t, ids[b, t]] - sum(x.exp() for x in logits[b, t]).log()).item() for t in range(3)]
+                for b in range(2)]
+    np.testing.assert_allclose(amft.token_logps(logits, ids), expected, rtol=1e-9)
+
+
+def test_the_temperature_of_log_probabilities():
+    model, batch = toy_model(), sequences(PROMPTS[2])
+    for temperature in (1.0, 0.5, 2.0):
+        expected = exact_logps(model, PROMPTS[2], temperature).detach()
+        np.testing.assert_allclose(amft.logps_of(model, batch, temperature).sum(1).detach(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("imitation", ["nll", "rectified"])
+def test_the_loss_of_a_demonstration(imitation):
+    """Rectified: each token's negative log-likelihood times its own probability, a constant; by a slow loop."""
+    model, batch = toy_model(), sequences(PROMPTS[0]).rows(torch.arange(0, 25, 3))
+    batch = batch._replace(mask=(torch.rand(batch.mask.shape) < 0.7).double())
+    batch.mask[:, 0] = 1.0
+    method, total = amft.SFT(configured(imitation=imitation)), 0.0
+    for b, m in zip(batch.ids, batch.mask):
+        logps = model(b.unsqueeze(0)).logits[0].log_softmax(-1)
+        for t in range(T):
+            logp = logps[2 + t, b[3 + t]]
+            total = total - m[t] * logp * (logp.exp().item() if imitation == "rectified" else 1.0)
+    expected = flat_grad(total / batch.mask.sum(), model)
+    for micro_batch in (9, 2):
+        config = configured(micro_batch=micro_batch)
+        grad, logps, losses = amft.sft_gradient(model, batch, config, partial(method.imitation_loss, None))
+        close(grad, expected, 1e-4)
+        assert losses["sft_loss"] == pytest.approx((-(logps * batch.mask).sum() / batch.mask.sum()).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("advantage", ["group", "gae"])
+def test_graded_rewards_are_the_tasks_points(advantage):
+    """--reward graded pays each response's points where it ends, binary 1 for a conversation that succeeded."""
+    model, B = toy_model(), 8
+    mask = torch.ones(B, T, dtype=torch.float64)
+    mask[1::2, 1] = 0
+    graded = torch.randn(B, T, dtype=torch.float64) * mask
+    success = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]], dtype=torch.float64)
+    rollouts = rollouts_of(batch_of(PROMPTS[torch.arange(B) % 3], torch.randint(V, (B, T)), mask), success, graded)
+    last = torch.tensor([1, 0] * 4)
+    for reward in ("graded", "binary"):
+        config = configured(reward=reward, advantage=advantage)
+        paid = graded if reward == "graded" else torch.zeros_like(mask)
+        if reward == "binary":
+            paid[range(B), last] = success.flatten()
+        if advantage == "group":
+            actual = amft.advantages_of(model, None, rollouts, config)
+            totals = paid.sum(1).view(2, 4)
+            others = (totals.sum(1, keepdim=True) - totals) / 3
+            expected = ((totals - others).reshape(-1, 1) * mask)
+            torch.testing.assert_close(actual.values.double() * actual.scale, expected)
+        else:
+            phi = amft.value_function(model)
+            phi[-1].weight.data.zero_(), phi[-1].bias.data.fill_(0.25)
+            actual = amft.advantages_of(model, phi, rollouts, config)
+            togo = paid.flip(1).cumsum(1).flip(1) * mask  # returns, with lambda and gamma 1
+            torch.testing.assert_close(actual.returns.double(), togo)
+            expected = (togo - 0.25) * mask
+            mean = expected.sum() / mask.sum()
+            torch.testing.assert_close(actual.values.double() * actual.scale, (expected - mean) * mask)
+            own = actual.values[mask.bool()]
+            assert own.std(correction=0).item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_an_update_with_old_samples_is_the_clipped_one():
+    """The RL gradient at a second update: PPO's, against the log-probabilities of the policy that sampled; and the
+    value function moves towards the returns in a step of its own, and not theta with it."""
+    model, B, tau = toy_model(), 12, 0.7
+    batch = batch_of(PROMPTS[torch.arange(B) % 3], torch.randint(V, (B, T)))
+    advantages = amft.Advantages(torch.randn(B, T, dtype=torch.float64), 1.0)
+    with torch.no_grad():
+        old = amft.logps_of(model, batch, tau) + 0.3 * torch.randn(B, T)
+    total = 0.0
+    for b, row in enumerate(batch.ids):
+        logps = (model(row.unsqueeze(0)).logits[0] / tau).log_softmax(-1)
+        for t in range(T):
+            ratio, a = (logps[2 + t, row[3 + t]] - old[b, t]).exp(), advantages.values[b, t]
+            total = total - torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) / (B * T)
+    expected = flat_grad(total, model)
+    for micro_batch in (12, 5):
+        grad, logps, losses = amft.rl_gradient(model, None, batch, advantages,
+                                               configured(temperature=tau, micro_batch=micro_batch), old)
+        close(grad, expected, 1e-4)
+        assert losses["rl_loss"] == pytest.approx(total.item(), rel=1e-3, abs=1e-5)
+        np.testing.assert_allclose(logps, amft.logps_of(model, batch, tau).detach(), rtol=1e-4, atol=1e-6)
+    phi, before = amft.value_function(model), []
+    taught = amft.Advantages(advantages.values, 1.0, torch.full((B, T), 0.7, dtype=torch.float64))
+    for _ in range(60):
+        grad, _, losses = amft.rl_gradient(model, phi, batch, taught, configured(temperature=tau, micro_batch=5), old)
+        before.append(losses["value_loss"])
+    close(grad, expected, 1e-4)
+    assert before[-1] < 0.5 * before[0]
 
 
 def test_sft_is_policy_gradient_with_the_implicit_reward():
     """By enumeration: grad L_SFT = -E_{y~pi}[1[y = y*] / pi(y|x) grad log pi(y|x)], exact-match RL is the same without
     the 1/pi, and mu L_SFT = mu KL(pi_demo || pi) + mu H(pi_demo)."""
     model, prompt, best = toy_model(), PROMPTS[0], 7
-    batch = sequences(prompt)[torch.tensor([best])]
+    batch = sequences(prompt).rows(torch.tensor([best]))
     g_sft = flat_grad(amft.sft_loss(amft.logps_of(model, batch), batch.mask, tokens=1), model)
     policy_gradient = exact_match = 0.0
     for y in range(len(ALL)):
@@ -518,20 +787,20 @@ def test_sft_is_policy_gradient_with_the_implicit_reward():
         pi, hit = logps[y].exp().item(), float(y == best)
         score = flat_grad(logps[y], model)
         policy_gradient, exact_match = policy_gradient + pi * (hit / pi) * score, exact_match + pi * hit * score
-    torch.testing.assert_close(g_sft, -policy_gradient, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(-g_sft * exact_logps(model, prompt)[best].exp(), exact_match, rtol=1e-9, atol=1e-12)
+    close(g_sft, -policy_gradient, 1e-5)
+    close(-g_sft * exact_logps(model, prompt)[best].exp(), exact_match, 1e-5)
     # PPO on every response at its probability, advantage 1[y = y*], is exact-match RL.
     everything = sequences(prompt)
     logps = amft.logps_of(model, everything)
     weighted = (torch.arange(len(ALL)) == best).double().unsqueeze(1) * everything.mask
     weighted = weighted * logps.sum(1, keepdim=True).detach().exp()
     g_rl = flat_grad(amft.ppo_loss(logps, logps.detach(), weighted, everything.mask, tokens=1), model)
-    torch.testing.assert_close(g_rl, -exact_match, rtol=1e-9, atol=1e-12)
+    close(g_rl, -exact_match, 1e-5)
     # Demonstrations that are samples of pi_demo: the expected loss is KL plus a constant.
     demo = torch.rand(len(ALL), dtype=torch.float64).softmax(0)
     losses = torch.stack([amft.sft_loss(l.unsqueeze(0), torch.ones(1, T), tokens=1) for l in logps])
     kl = (demo * (demo.log() - exact_logps(model, prompt))).sum()
-    torch.testing.assert_close((demo * losses).sum(), kl - (demo * demo.log()).sum())
+    torch.testing.assert_close((demo * losses).sum(), kl - (demo * demo.log()).sum(), rtol=1e-5, atol=1e-6)
 
 
 # --- policy: encoding, sampling, masks ----------------------------------------------------------------------------
@@ -539,7 +808,7 @@ def test_sft_is_policy_gradient_with_the_implicit_reward():
 
 @pytest.fixture(scope="module")
 def base():
-    return amft.load_policy(amft.Config(device="cpu"), tasks.GeneralPoints())
+    return amft.load_policy(configured(), tasks.GeneralPoints())
 
 
 def test_log_probabilities_do_not_depend_on_the_company(base, tokenizer):
@@ -549,7 +818,7 @@ def test_log_probabilities_do_not_depend_on_the_company(base, tokenizer):
     batch = amft.encode_demos(model, tokenizer, episodes)
     extra = amft.Batch(*(torch.cat([pad, x], 1) for pad, x in (  # two more columns of padding on the left
         (torch.zeros(4, 2, dtype=torch.long), batch.ids), (torch.zeros(4, 2, dtype=torch.long), batch.attention))),
-        batch.mask)
+        batch.mask, batch.pixels)
     for b in (batch, extra):
         with torch.no_grad():
             logps = amft.logps_of(model, b)
@@ -567,8 +836,10 @@ def test_left_padding_keeps_absolute_positions():
     """GPT-2 learns a vector for each position, so that a prompt shifted by its padding would show."""
     model, batch = toy_model(), sequences(PROMPTS[1])
     pad = torch.zeros(len(ALL), 2, dtype=torch.long)
-    padded = amft.Batch(torch.cat([pad, batch.ids], 1), torch.cat([pad, batch.attention], 1), batch.mask)
-    torch.testing.assert_close(amft.logps_of(model, padded).sum(1), exact_logps(model, PROMPTS[1]))
+    padded = amft.Batch(torch.cat([pad, batch.ids], 1), torch.cat([pad, batch.attention], 1), batch.mask,
+                        batch.pixels)
+    np.testing.assert_allclose(amft.logps_of(model, padded).sum(1).detach(),
+                               exact_logps(model, PROMPTS[1]).detach(), rtol=1e-4)
 
 
 def test_rollout_samples_the_policy(base, tokenizer):
@@ -576,8 +847,8 @@ def test_rollout_samples_the_policy(base, tokenizer):
     episodes = [task.sample("train", rng) for _ in range(3)]
     prompts = [episode.prompt for episode in episodes]
     rollouts = amft.rollout(model, tokenizer, episodes, 5, 40, temperature=1.0)
-    batch, entropy, texts = rollouts.batch, rollouts.entropy, [text for text, in rollouts.responses]
-    assert len(batch) == len(texts) == 15 and batch.ids.shape[1] == batch.attention.shape[1]
+    batch, entropy, texts = rollouts.batch, rollouts.entropy, [e.responses[0] for e in rollouts.episodes]
+    assert len(batch.ids) == len(texts) == 15 and batch.ids.shape[1] == batch.attention.shape[1]
     width, total, count = batch.mask.shape[1], 0.0, 0
     with torch.no_grad():
         logits = model(batch.ids).logits  # these prompts have one length, so there is no left padding
@@ -593,8 +864,8 @@ def test_rollout_samples_the_policy(base, tokenizer):
             total, count = total - (p * p.clamp(min=1e-30).log()).sum().item(), count + 1
     assert entropy == pytest.approx(total / count, rel=1e-3)
     # Greedy from one shared reading of the prompts equals an argmax loop without any cache.
-    greedy = amft.rollout(model, tokenizer, episodes, 1, 40, temperature=0).responses
-    for prompt, (text,) in zip(prompts, greedy):
+    greedy = amft.rollout(model, tokenizer, episodes, 1, 40, temperature=0).episodes
+    for prompt, text in zip(prompts, (e.responses[0] for e in greedy)):
         ids = tokenizer(prompt)["input_ids"]
         start = len(ids)
         while len(ids) < start + 40 and ids[-1] != tokenizer.eos_token_id:
@@ -619,217 +890,110 @@ def test_sampling_frequencies_and_truncation(tiny, tokenizer):
 def test_gradients_do_not_depend_on_micro_batches_and_silent_groups_add_nothing(base, tokenizer):
     model, rng, task = base[0], random.Random(SEED), tasks.GeneralPoints()
     episodes = [task.sample("train", rng) for _ in range(6)]
-    config = amft.Config(samples=4, advantage="group", device="cpu")
-    rollouts = amft.explore(model, tokenizer, episodes, config)
+    config = configured(samples=4, advantage="group")
     rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0], [0] * 4, [1, 1, 1, 0]])
-    rollouts.rewards = torch.cat([rewards.reshape(-1, 1), torch.zeros_like(rollouts.batch.mask[:, 1:])], 1)
-    amft.add_advantages(model, None, rollouts, config)
+    rollouts = amft.rollout(model, tokenizer, episodes, 4, 40)._replace(success=rewards)
+    advantages = amft.advantages_of(model, None, rollouts, config)
     logps = amft.logps_of(model, rollouts.batch)  # every row, in one pass, by the textbook formula
-    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True, correction=0) + 1e-20)
-    expected = flat_grad(-(advantages.reshape(-1, 1) * logps * rollouts.batch.mask).sum() / rollouts.batch.mask.sum(),
-                         model)
+    weights = rewards - (rewards.sum(1, keepdim=True) - rewards) / 3
+    weights = weights / weights.std(correction=0)
+    expected = flat_grad(-(weights.reshape(-1, 1) * logps * rollouts.batch.mask).sum() / rollouts.batch.mask.sum(), model)
     demos = amft.encode_demos(model, tokenizer, episodes)
-    reference = model(input_ids=torch.cat([demos.ids]), attention_mask=demos.attention).logits.log_softmax(-1)
+    reference = model(input_ids=demos.ids, attention_mask=demos.attention).logits.log_softmax(-1)
     picked = reference[:, -demos.mask.shape[1] - 1:-1].gather(-1, demos.responses.unsqueeze(-1)).squeeze(-1)
     expected_sft = flat_grad(-(picked * demos.mask).sum() / demos.mask.sum(), model)
+    passes = spied_rows(model)
     for size in (24, 5, 1):
         config.micro_batch = size
-        rollouts.old_logps = None
-        torch.testing.assert_close(amft.rl_gradient(model, None, rollouts, config)[0], expected, rtol=1e-3, atol=2e-6)
-        torch.testing.assert_close(amft.sft_gradient(model, demos, config)[0], expected_sft, rtol=1e-3, atol=2e-6)
+        passes.clear()
+        close(amft.rl_gradient(model, None, rollouts.batch, advantages, config)[0], expected, 1e-3)
+        assert sum(passes) == 12 and max(passes) <= size  # the three silent groups cost nothing
+        close(amft.sft_gradient(model, demos, config, no_rows)[0], expected_sft, 1e-3)
+    model._forward_pre_hooks.clear()
 
 
-# --- the rules ------------------------------------------------------------------------------------------------------
+def spied_rows(model):
+    """Sequences of each forward pass."""
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True)
+    return seen
+
+
+# --- methods ------------------------------------------------------------------------------------------------------
 
 METHODS = sorted(amft.METHODS)
 
 
-def nothing_evaluated(*_):
-    return dict(split="val", n=1, success=0.0, low=0.0, high=1.0, outcomes={})
+def used(method, **flags):
+    """As flags, those that the method reads; a flag that it does not is refused."""
+    return [x for name, value in flags.items() if name not in amft.METHODS[method].unused
+            for x in ("--" + name.replace("_", "-"), str(value))]
 
 
-def published(method, logp, p, A, H, G):
-    """A demonstration's loss (B, T) as its paper prints it; autograd goes through all that is not said to be constant."""
-    return {"dft": lambda: -p.detach() * logp, "chord": lambda: -(p * (1 - p)).detach() * logp,
-            "luffy": lambda: -A * p / (p + 0.1), "srft": lambda: -0.5 * math.exp(-H) * logp - A * p,
-            "dyme": lambda: -logp / G}.get(method, lambda: -logp)()
-
-
-def demo_advantage(success):
-    """Of a demonstration that joins its prompt's samples and is correct; population std. (P, G) -> (P,)"""
-    union = [[*row, 1.0] for row in success.tolist()]
-    return torch.tensor([0.0 if np.std(u) < 1e-6 else (1 - np.mean(u)) / np.std(u) for u in union])
-
-
-def expected_mixture(method, model, rollouts, demos, config):
-    """Gradient of the method's first mixed step, prompt by prompt and row by row, in whole-batch denominators."""
-    success, H, P, G = rollouts.success, rollouts.entropy, *rollouts.success.shape
-    k = success.sum(1)
-    gate = {"superrl": (k == 0), "dyme": (k == 0), "hpt": k <= config.gate * G}.get(method)
-    mu = {"fixed": 0.5, "gac": 0.5, "amft": 0.5, "chord": 0.1, "cosine": 0.9, "luffy": 1 / (G + 1), "srft": 0.5}
-    mu = mu.get(method, 0.0)
-    mu = gate.float() if gate is not None else torch.full((P,), float(mu))
-    if method == "srft":
-        A = torch.where(success == 1, 0.1 * math.exp(H), -1.0)
-    else:
-        union = torch.cat([success, torch.ones(P, 1)], 1) if method == "luffy" else success
-        std = union.std(1, keepdim=True, correction=0)
-        A = torch.where(std > 0, (success - union.mean(1, keepdim=True)) / std.clamp(min=1e-9), 0.0)
-    loss, total = 0.0, rollouts.batch.mask.sum()
-    for i, weight in enumerate((1 - mu).repeat_interleave(G).tolist()):
-        row = rollouts.batch[[i]]
-        loss = loss - weight * A.reshape(-1)[i] * (amft.logps_of(model, row) * row.mask).sum() / total
-    if demos is not None:
-        share = mu if len(demos) == P else mu[:1].expand(len(demos))
-        for i, (weight, a) in enumerate(zip(share.tolist(), demo_advantage(success).tolist() if len(demos) == P
-                                            else [None] * len(demos))):
-            row = demos[[i]]
-            logp = amft.logps_of(model, row)
-            loss = loss + weight * (published(method, logp, logp.exp(), a, H, G) * row.mask).sum() / demos.mask.sum()
-    return flat_grad(loss, model)
-
-
+@pytest.mark.parametrize("imitation", ["nll", "rectified"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_of_every_method_is_the_gradient_of_its_published_loss(method, tiny, tmp_path, monkeypatch):
-    """Through train(): gates, coefficients, stop-gradients, advantages and the one normalisation at once."""
+def test_a_step_of_every_method_is_the_gradient_of_its_loss(method, imitation, tiny, tmp_path, monkeypatch, unevaluated):
+    """Through train(): mu, advantages, temperature, stop-gradient and the normalisation at once, row by row."""
     monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: "correct" if len(text) % 3 == 0 else "no_answer")
-    seen = dict(rollout=[], encode_demos=[], adamw_step=[])
-    for name in seen:
-        def spy(*a, true=getattr(amft, name), name=name, **k):
-            seen[name].append(a if name == "adamw_step" else true(*a, **k))
-            return true(*a, **k) if name == "adamw_step" else seen[name][-1]
-        monkeypatch.setattr(amft, name, spy)
-    monkeypatch.setattr(amft, "evaluate", nothing_evaluated)
-    tiny_run(tiny, tmp_path / "run", "--method", method, "--warmup", "0", "--steps", "3", "--advantage", "group",
-             "--prompts", "6", "--switch", "0", "--gate", "0.5", "--sft-batch", "9", "--meta-every", "3",
-             "--meta-prompts", "2")
-    config = amft.Config(**{k: v for k, v in read(tmp_path / "run")[0].items()
-                            if k in {f.name for f in amft.dataclasses.fields(amft.Config)}})
-    model = amft.load_policy(config, tasks.GeneralPoints())[0]
-    step = 0
-    if method in ("sft", "dft", "sasr"):  # SASR knows no gradient norm yet: it starts with SFT
-        demos = seen["encode_demos"][0]
-        logp = amft.logps_of(model, demos)
-        loss = published(method, logp, logp.exp(), None, None, None)
-        expected = flat_grad((loss * demos.mask).sum() / demos.mask.sum(), model)
-    else:
-        rollouts = seen["rollout"][0]
-        assert 0 < rollouts.success.sum() < rollouts.success.numel() and len(set(rollouts.success.sum(1).tolist())) > 1
-        demos = None if method in ("rl", "sft-rl", "relift") else seen["encode_demos"][0]
-        assert demos is None or len(demos) == (6 if amft.METHODS[method].shown is amft.own else 9)
-        expected = expected_mixture(method, model, rollouts, demos, config)
-    actual = seen["adamw_step"][step][1]
-    assert expected.norm() > 0
-    torch.testing.assert_close(actual, expected, rtol=2e-3, atol=1e-5 * expected.norm().item())
-    if method in ("dft", "chord"):  # the stop-gradient matters here: the test would see it gone
-        gradients = []
-        for logp in (amft.logps_of(model, demos) for _ in range(2)):
-            p = logp.exp() if gradients else logp.exp().detach()
-            loss = -(p if method == "dft" else p * (1 - p)) * logp
-            gradients.append(flat_grad((loss * demos.mask).sum() / demos.mask.sum(), model))
-        assert (gradients[1] - gradients[0]).norm() > 0.2 * gradients[0].norm()
+    seen, demos = spied(monkeypatch, "rollout"), spied(monkeypatch, "encode_demos")
+    moves = spied(monkeypatch, "adamw_step")
+    rows = tiny_run(tiny, tmp_path / "run", "--method", method, "--steps", "3", "--temperature", "0.8", "--imitation",
+                    imitation, *used(method, warmup=0, advantage="group", prompts=6, sft_batch=9, meta_every=3)
+                    ) if not {"imitation", "temperature"} & set(amft.METHODS[method].unused) else pytest.skip()
+    model = amft.load_policy(configured(model=tiny), tasks.GeneralPoints())[0]
+    mu = {"sft": 1.0, "rl": 0.0, "sft-rl": 0.0}.get(method, 0.5)
+    assert rows[1]["mu"] == mu and bool(demos) == (mu > 0) and bool(seen) == (method != "sft")
+    loss = 0.0
+    if seen:
+        success, batch = seen[0][0].success, seen[0][0].batch
+        assert 0 < success.sum() < success.numel() and len(set(success.sum(1).tolist())) > 1
+        A = success - (success.sum(1, keepdim=True) - success) / (success.shape[1] - 1)
+        A = (A / np.std(A.numpy())).reshape(-1)
+        for i in range(len(A)):
+            row = batch.rows([i])
+            logp = (model(row.ids, attention_mask=row.attention).logits / 0.8).log_softmax(-1)
+            logp = logp[0, -row.mask.shape[1] - 1:-1].gather(-1, row.responses[0].unsqueeze(-1)).squeeze(-1)
+            loss = loss - (1 - mu) * A[i] * (logp * row.mask[0]).sum() / batch.mask.sum()
+    if demos:
+        batch = demos[0][0]
+        assert len(batch.ids) == 9 if "sft_batch" not in amft.METHODS[method].unused else True
+        for i in range(len(batch.ids)):
+            row = batch.rows([i])
+            logp = amft.logps_of(model, row)
+            p = logp.exp().detach() if imitation == "rectified" else 1.0
+            loss = loss - mu * (p * logp * row.mask).sum() / batch.mask.sum()
+    close(moves[0][1][1], flat_grad(loss, model), 2e-3)
 
 
+@pytest.mark.parametrize("advantage", ["gae", "group"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_budget_and_batches_without_signal(method, tiny, tmp_path, monkeypatch):
-    """steps x P x G responses whatever the method, the controller's included; nothing is NaN where no prompt, or every
-    prompt, needs a demonstration."""
-    monkeypatch.setattr(amft, "evaluate", nothing_evaluated)
+def test_the_budget_and_batches_without_signal(method, advantage, tiny, tmp_path, monkeypatch, unevaluated):
+    """Every method with both baselines; responses are counted, the look-ahead's too; nothing is NaN where no prompt, or
+    every prompt, is solved."""
     for outcome in ("correct", "no_answer"):
         monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: outcome)
-        rows = tiny_run(tiny, tmp_path / outcome, "--method", method, "--steps", "6", "--prompts", "5", "--sft-batch",
-                        "10", "--advantage", "group", "--warmup", "1", "--meta-every", "3", "--meta-prompts", "4")
+        rows = tiny_run(tiny, tmp_path / outcome, "--method", method, "--steps", "6",
+                        *used(method, prompts=5, sft_batch=10, advantage=advantage, warmup=1, meta_every=2))
         steps = [row for row in rows if row["kind"] == "step"]
-        budget = 0 if method in ("sft", "dft") else 6 * 5 * 4
-        spent = rows[-1]["rollouts"]
-        assert len(steps) == 6 and (spent == budget or method in ("sasr", "relift") and 0 < spent < budget)
-        assert all(math.isfinite(row[key]) for row in steps for key in row if isinstance(row[key], float))
-        if method in ("sft", "dft", "rl"):
-            assert rows[-1]["mu"] == steps[-1]["mu"] == (method != "rl")
-        if outcome == "correct" and method in ("superrl", "hpt", "dyme", "rl", "sft-rl"):
-            assert all(row["demos"] == 0 and row["grad_norm"] == 0 for row in steps if row["entropy"] is not None)
+        warmup = 6 if method == "sft" else 0 if method == "rl" else 1
+        looks = 2 if method == "amft" else 0  # at steps 3 and 5
+        assert len(steps) == 6 and rows[-1]["rollouts"] == ((6 - warmup) + looks) * 5 * 4 == steps[-1]["rollouts"]
+        assert all(math.isfinite(value) for row in steps for value in row.values() if isinstance(value, float))
+        assert [row["mu"] == 1.0 for row in steps[:warmup]] == [True] * warmup
+        for row in steps[warmup:]:
+            assert row["zero_adv"] == 1 and row["success"] == (outcome == "correct")
+            assert ("sft_loss" in row) == (method not in ("rl", "sft-rl"))
+            if advantage == "group":
+                assert row["rl_loss"] == row["grad_norm_rl"] == 0
+            if method in ("rl", "sft-rl"):
+                assert row["mu"] == 0
 
 
-def seen_by(method="amft", success=None, **fields):
-    config = amft.Config(method=method, samples=8, sft_batch=2, **fields.pop("config", {}))
-    state = amft.State(torch.zeros(1), amft.AdamState(torch.zeros(1), torch.zeros(1), 0), config.mu)
-    return amft.Seen(config, state, **{"step": 1, "rng": random.Random(SEED), "success": success, **fields})
-
-
-def test_gates_on_every_number_of_correct_samples():
-    success = torch.tensor([[1.0] * k + [0.0] * (8 - k) for k in range(9)])
-    none, few = [1.0] + [0.0] * 8, [1.0, 1, 1, 0, 0, 0, 0, 0, 0]
-    for method, gate, expected in (("superrl", 0.0, none), ("dyme", 0.0, none), ("hpt", 0.0, none), ("hpt", 0.25, few),
-                                   ("hpt", 1.0, [1.0] * 9)):
-        assert amft.METHODS[method].mu(seen_by(method, success, config=dict(gate=gate))).tolist() == expected
-    advantages, of_demo = amft.union_advantages(success)
-    for k in range(9):
-        group = [1.0] * k + [0.0] * (8 - k) + [1.0]
-        spread = np.std(group) or 1.0
-        expected = (np.array(group) - np.mean(group)) / spread
-        assert [*advantages[k].tolist(), of_demo[k].item()] == pytest.approx(expected.tolist(), abs=1e-5)
-    assert of_demo[8] == 0 and of_demo[0] == of_demo.max()  # a soft gate of its own
-    weights = amft.srft_advantages(seen_by("srft", success, entropy=0.3))[0]
-    for k in range(9):
-        assert weights[k].tolist() == pytest.approx([0.1 * math.exp(0.3)] * k + [-1.0] * (8 - k))
-
-
-def test_relift_buffers_what_no_sample_solved():
-    """Newest first; an SFT step when the buffer can fill one, which takes from it; nothing else does."""
-    s = seen_by("relift")
-    rule = amft.METHODS["relift"]
-    for problems, k, buffer in (((5, 6), (0, 1), [5]), ((7,), (8,), [5]), ((8, 9), (0, 0), [8, 9, 5])):
-        assert not rule.alone(s)
-        s.problems, s.success, s.step = problems, torch.tensor([[1.0] * n + [0.0] * (8 - n) for n in k]), 11
-        rule.learn(s)
-        assert s.memory["buffer"] == buffer
-    s.success = None
-    assert rule.alone(s) and rule.shown(s) == [8, 9]
-    rule.learn(s)
-    assert s.memory["buffer"] == [5] and not rule.alone(s)
-
-
-def test_rules_for_one_mu_by_hand():
-    assert [amft.cosine(x, 0.9, 0.1) for x in (0, 0.5, 1)] == pytest.approx([0.9, 0.5, 0.1])
-    assert amft.cosine(1 / 3, 0.9, 0.1) == pytest.approx(0.1 + 0.8 * 0.75)
-    mus = [amft.METHODS["cosine"].mu(seen_by(step=step, config=dict(warmup=2, steps=7))) for step in (3, 5, 7)]
-    assert mus == pytest.approx([0.95, 0.5, 0.05])
-    rule = amft.METHODS["sft-rl"]
-    switch = [rule.alone(seen_by(step=step, config=dict(steps=10, switch=0.3))) for step in (1, 3, 4, 10)]
-    assert switch == [True, True, False, False]
-    # GAC: (0.5 * 2 + 1) / (2 + 3 + 1) = 1/3; half way to 1/2: 5/12.
-    assert amft.gac_mu(0.4, 2.0, 3.0, 1.0, most=1.0) == pytest.approx(5 / 12)
-    assert amft.gac_mu(0.4, 2.0, 3.0, 1.0, most=0.01) == pytest.approx(0.41)
-    assert amft.gac_mu(0.9, 2.0, 3.0, 1.0, most=0.01) == pytest.approx(0.89)
-    grid = torch.linspace(0, 1, 100001, dtype=torch.float64)
-    errors = (grid - 0.5) ** 2 * 2 + grid ** 2 * 3 + (1 - grid) ** 2
-    assert grid[errors.argmin()].item() == pytest.approx(1 / 3, abs=1e-4)  # what the closed form minimises
-
-
-def test_gac_follows_its_three_proxies():
-    s = seen_by("gac", torch.zeros(1, 8), step=10, config=dict(warmup=5, meta_every=5, eta_mu=1.0, evidence_decay=0.5))
-    s.advantages, s.nll = torch.tensor([2.0, 0.0, -2.0, 0.0]), torch.tensor([9.0, 1, 3, 1, 3, 1, 3, 1, 3, -9.0])
-    s.memory["proxies"] = [1.0, 3.0, 0.0]
-    amft.METHODS["gac"].learn(s)
-    # now: mean (1 - A)^2 = (1 + 1 + 9 + 1) / 4 = 3; variance of 1, 3 without the extremes = 1; variance of A = 2
-    assert s.memory["proxies"] == pytest.approx([2.0, 2.0, 1.0])
-    assert s.state.mu == pytest.approx(((0.5 * 2 + 1) / 5 + 0.5) / 2)
-    s.step, before = 11, s.state.mu
-    amft.METHODS["gac"].learn(s)
-    assert s.state.mu == before  # between the K steps only the proxies move
-
-
-def test_sasr_by_hand():
-    """p = G_last / (G_last + gamma G_warm); norms are learned from SFT steps alone, G_warm in the warm-up alone."""
-    s, rule = seen_by("sasr", config=dict(sasr=2.0)), amft.METHODS["sasr"]
-    assert rule.alone(s)  # nothing is known yet
-    for step, norm, success, memory in ((9, 4.0, None, (4.0, 4.0)), (10, 3.0, None, (3.0, 3.0)),
-                                        (11, 1.0, None, (1.0, 3.0)), (12, 7.0, torch.zeros(1, 8), (1.0, 3.0))):
-        s.step, s.sft_norm, s.success = step, norm, success
-        rule.learn(s)
-        assert (s.memory["last"], s.memory["warm"]) == memory
-    share = np.mean([rule.alone(s) for _ in range(20000)])
-    assert share == pytest.approx(1 / (1 + 2 * 3), abs=0.01)
+@slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_with_the_defaults_that_a_user_types(method, tmp_path):
+    amft.main(["--method", method, "--smoke", "--device", "cpu", "--eval-n", "8", "--out", str(tmp_path / "run")])
+    assert read(tmp_path / "run")[-1]["kind"] == "final"
 
 
 def test_sensitivity_with_a_trace_is_the_derivative_in_a_mu_that_was_larger_all_along():
@@ -855,14 +1019,6 @@ def test_sensitivity_with_a_trace_is_the_derivative_in_a_mu_that_was_larger_all_
     torch.testing.assert_close(last[0], (final(h) - final(-h)) / (2 * h), rtol=1e-5, atol=1e-7)
 
 
-def test_recorded_tables_are_made_from_the_logs_alone():
-    sys.path.insert(0, str(HERE / "results"))
-    compare = importlib.import_module("compare")
-    assert compare.tables(compare.Logs()) == (HERE / "results" / "compare.md").read_text()
-    assert compare.interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.303 / sqrt(3)
-    assert compare.sign_test([-1.0] * 8 + [1.0] * 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
-
-
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
@@ -874,133 +1030,358 @@ def without_clock(rows):
     return [{k: v for k, v in row.items() if k not in ("seconds", "out", "commit")} for row in rows]
 
 
-def test_mu_one_is_sft_mu_zero_is_rl_and_no_advantage_is_sft(tiny, tmp_path, monkeypatch):
+def test_mu_one_is_sft_mu_zero_is_rl_and_no_advantage_is_sft(tiny, tmp_path, monkeypatch, unevaluated):
     """Through train(): with mu = 1 the RL gradient cannot matter, with mu = 0 the SFT gradient cannot, and a random
     policy that never solves a deal moves as mu L_SFT alone would."""
-    # Rewards that this random policy does get, so that its RL gradient is not zero.
-    monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: "correct" if len(text) % 2 else "no_answer")
-    fixed = ["--no-meta", "--no-entropy", "--warmup", "0", "--steps", "2", "--advantage", "group"]
-    plain = {mu: tiny_run(tiny, tmp_path / f"mu{mu}", *fixed, "--mu", str(mu)) for mu in (0, 1)}
-    assert plain[0][-1]["kind"] == "final"
-    for mu, name in ((1, "rl_gradient"), (0, "sft_gradient")):
-        true = getattr(amft, name)
-        with monkeypatch.context() as patch:
-            patch.setattr(amft, name, lambda *a: (torch.randn_like(true(*a)[0]), *true(*a)[1:]))
-            tiny_run(tiny, tmp_path / f"noise{mu}", *fixed, "--mu", str(mu))
-        assert torch.equal(final_policy(tmp_path / f"mu{mu}"), final_policy(tmp_path / f"noise{mu}"))
-    assert not torch.equal(final_policy(tmp_path / "mu0"), final_policy(tmp_path / "mu1"))
+    fixed = ["--method", "fixed", "--warmup", "0", "--steps", "2", "--advantage", "group"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks.Deal, "grade", lambda self, text: "correct" if len(text) % 2 else "no_answer")
+        for mu in (0, 1):
+            tiny_run(tiny, tmp_path / f"mu{mu}", *fixed, "--mu", str(mu))
+        for mu, name in ((1, "rl_gradient"), (0, "sft_gradient")):
+            true = getattr(amft, name)
+            with monkeypatch.context() as inner:
+                inner.setattr(amft, name, lambda *a: (torch.randn_like(true(*a)[0]), *true(*a)[1:]))
+                tiny_run(tiny, tmp_path / f"noise{mu}", *fixed, "--mu", str(mu))
+            assert torch.equal(final_policy(tmp_path / f"mu{mu}"), final_policy(tmp_path / f"noise{mu}"))
+        assert not torch.equal(final_policy(tmp_path / "mu0"), final_policy(tmp_path / "mu1"))
     monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: "no_answer")
     tiny_run(tiny, tmp_path / "silent", *fixed, "--mu", "0.4")
+    true = amft.rl_gradient
     with monkeypatch.context() as patch:
-        patch.setattr(amft, "rl_gradient", lambda model, phi, rollouts, config: (0.0 * amft.flatten(model), 0.0, 0.0))
+        patch.setattr(amft, "rl_gradient", lambda *a: (0 * true(*a)[0], *true(*a)[1:]))
         tiny_run(tiny, tmp_path / "sft", *fixed, "--mu", "0.4")
     assert torch.equal(final_policy(tmp_path / "silent"), final_policy(tmp_path / "sft"))
-    steps = [row for row in read(tmp_path / "silent") if row["kind"] == "step"]
-    assert all(row["zero_adv"] == 1 and row["rl_loss"] == 0 for row in steps)
+    assert all(row["zero_adv"] == 1 and row["rl_loss"] == 0 for row in read(tmp_path / "silent", "step"))
+
+
+def test_paper_controller_is_equation_6_to_the_letter(tiny, tmp_path, unevaluated, rewarded, monkeypatch):
+    """--controller paper takes val's utility, forgets the step before, and moves mu by eta_mu times the estimate."""
+    derivatives = spied(monkeypatch, "step_sensitivity")
+    rows = tiny_run(tiny, tmp_path / "run", "--controller", "paper", "--eta-mu", "3")
+    assert (rows[0]["utility"], rows[0]["trace"]) == ("val", 0.0)
+    mu = 0.5
+    names = list(inspect.signature(amft.step_sensitivity).parameters)[:-1]
+    assert all(dict(zip(names, args), **kwargs)["trace"] == 0 for _, args, kwargs in derivatives)
+    for row in [row for row in rows if row["kind"] == "step" and row["step"] > 3]:
+        assert "meta_own" not in row and row["meta_force"] == pytest.approx(3 * row.get("meta_grad", 0.0))
+        mu = min(max(mu + row["meta_force"] + 0.5 * (row["target_entropy"] - row["entropy"]), 0.05), 0.95)
+        assert row["mu"] == pytest.approx(mu)
 
 
 def test_same_seed_same_log_and_every_key_is_there(tiny, tmp_path):
-    first, again, other = (tiny_run(tiny, tmp_path / name, *flags) for name, flags in (
-        ("a", []), ("b", []), ("c", ["--seed", "1"])))
-    assert without_clock(first) == without_clock(again) and without_clock(first) != without_clock(other)
+    first, again, other = (tiny_run(tiny, tmp_path / name, "--eval-n", "4", "--val-every", "4", *flags)
+                           for name, flags in (("a", []), ("b", []), ("c", ["--seed", "1"])))
+    assert without_clock(first) == without_clock(again) and without_clock(first)[1:] != without_clock(other)[1:]
     kinds = Counter(row["kind"] for row in first)
     splits = set(tasks.GeneralPoints.splits)
-    assert kinds == {"config": 1, "step": 9, "eval": 3 * len(splits), "final": 1}
-    needed = {"step", "mu", "meta_grad", "meta_se", "entropy", "target_entropy", "sft_loss", "rl_loss", "value_loss",
-              "reward", "zero_adv", "implicit_reward", "grad_norm", "grad_cos", "response_len", "truncated",
-              "rollouts", "seconds"}
+    assert kinds == {"config": 1, "step": 9, "eval": 2 * len(splits) + 2, "final": 1}
+    always = {"step", "mu", "sft_loss", "grad_norm", "grad_norm_rl", "grad_norm_sft", "implicit_reward", "rollouts",
+              "seconds"}
+    mixed = always | {"meta_force", "entropy_force", "target_entropy", "entropy", "rl_loss", "value_loss", "success",
+                      "zero_adv", "response_len", "truncated"}
     for row in first:
         if row["kind"] == "step":
-            assert needed <= set(row)
+            assert (mixed if row["step"] > 3 else always) <= set(row)
+            assert {"meta_grad", "meta_se"} & set(row) == ({"meta_grad", "meta_se"} if row["step"] in (5, 7, 9) else set())
         if row["kind"] == "eval":
-            assert row["split"] in splits and sum(row["outcomes"].values()) == row["n"] == 8
-            assert 0 <= row["low"] <= row["success"] <= row["high"] <= 1
-    assert {"seed", "lr", "torch", "transformers", "device", "commit"} <= set(first[0])
+            assert row["split"] in splits and row["n"] == 4 and sum(row["outcomes"].values()) == 4 * row["samples"]
+            assert 0 <= row["low"] <= row["success"] <= row["high"] <= 1 and row["success"] <= row["any"] <= 1
+    assert {"seed", "lr", "torch", "device", "threads"} <= set(first[0])
     last = [row for row in first if row["kind"] == "step"][-1]
-    assert last["rollouts"] == 9 * 8 * 4  # the whole budget, the three meta-gradients' 3 x 8 x 4 included
+    assert last["rollouts"] == (6 + 3) * 8 * 4  # the warm-up samples nothing; three look-aheads of 8 x 4
+
+
+def stopped(argv, monkeypatch, calls, where="adamw_step"):
+    """A run that is interrupted at so many calls of a function."""
+    true, count = getattr(amft, where), itertools.count(1)
+
+    def interrupt(*args, **kwargs):
+        if next(count) == calls:
+            raise KeyboardInterrupt
+        return true(*args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(amft, where, interrupt)
+        with pytest.raises(SystemExit) as info:
+            amft.main(argv)
+    assert info.value.code == 130
 
 
 @pytest.mark.parametrize("flags", [
-    ["--advantage", "group"], ["--method", "relift", "--sft-batch", "4"], ["--method", "gac"],
-    ["--ppo-epochs", "2", "--trace", "0.9", "--meta-on", "both", "--keep-best", "--val-every", "2"]])
-def test_killed_run_goes_on_bit_for_bit(tiny, tmp_path, flags):
-    tiny_run(tiny, tmp_path / "unbroken", *flags)
-    command = [sys.executable, amft.__file__, "--task", "gp", "--smoke", "--model", tiny, "--out",
-               str(tmp_path / "killed"), "--device", "cpu", "--eval-n", "8", "--max-new-tokens", "34", *flags]
+    [], ["--advantage", "group", "--reward", "graded"], ["--method", "fixed"], ["--method", "sft-rl"],
+    ["--ppo-epochs", "2", "--trace", "0.9", "--utility", "train", "--val-every", "2"]])
+def test_an_interrupted_run_goes_on_bit_for_bit(tiny, tmp_path, flags, monkeypatch, unevaluated, rewarded, capsys):
+    """Cut off in the middle of mixed steps, when H*, evidence and d theta/d mu are there, and again before that."""
+    monkeypatch.setattr(amft, "SAVE_SECONDS", 0)
+    whole = tiny_run(tiny, tmp_path / "unbroken", *flags, "--steps", "10")
+    moving = [row["mu"] for row in whole if row["kind"] == "step" and row["step"] > 6]
+    assert "--method" in flags or len(set(moving)) == 4 and all(0.05 < mu < 0.95 for mu in moving)
+    stopped(tiny_argv(tiny, tmp_path / "run", *flags, "--steps", "10"), monkeypatch, 2, "sft_gradient")
+    assert f"go on with --resume {tmp_path / 'run'}" in capsys.readouterr().err
+    stopped(["--resume", str(tmp_path / "run")], monkeypatch, 5, "encode_demos" if "sft-rl" not in flags else "rollout")
+    reached = len(read(tmp_path / "run", "step"))
+    assert 4 < reached < 9 and not (tmp_path / "run" / "final").exists()
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as log:
+        log.write('{"kind": "step", "step": 99, "half a li')
+    amft.main(["--resume", str(tmp_path / "run")])
+    assert without_clock(read(tmp_path / "run")) == without_clock(whole)
+    assert torch.equal(final_policy(tmp_path / "run"), final_policy(tmp_path / "unbroken"))
+    assert "finished" in fails(["--resume", str(tmp_path / "run")], capsys)
+
+
+def test_a_run_that_is_older_than_its_last_state_starts_from_there(tiny, tmp_path, monkeypatch, unevaluated, rewarded):
+    """Without a state yet, from the beginning; a state is written every SAVE_SECONDS, and steps since are done again."""
+    whole = tiny_run(tiny, tmp_path / "unbroken")
+    monkeypatch.setattr(amft, "SAVE_SECONDS", 1e9)
+    stopped(tiny_argv(tiny, tmp_path / "run"), monkeypatch, 7, "sft_gradient")
+    assert len(read(tmp_path / "run", "step")) == 6 and not (tmp_path / "run" / "state.pt").exists()
+    amft.main(["--resume", str(tmp_path / "run")])
+    assert without_clock(read(tmp_path / "run")) == without_clock(whole)
+    assert torch.equal(final_policy(tmp_path / "run"), final_policy(tmp_path / "unbroken"))
+    # Interrupted while a state is written: the one before is whole.
+    monkeypatch.setattr(amft, "SAVE_SECONDS", 0)
+    true, count = torch.save, itertools.count(1)
+
+    def half(state, path, *args):
+        if next(count) == 7:
+            Path(path).write_bytes(b"half")
+            raise KeyboardInterrupt
+        true(state, path, *args)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(torch, "save", half)
+        amft.main(tiny_argv(tiny, tmp_path / "again"))
+    amft.main(["--resume", str(tmp_path / "again")])
+    assert without_clock(read(tmp_path / "again")) == without_clock(whole)
+
+
+@slow
+def test_killed_run_goes_on_bit_for_bit(tiny, tmp_path):
+    """By SIGKILL, in a process of its own."""
+    flags = "--steps", "400"
+    command = [sys.executable, amft.__file__, *tiny_argv(tiny, tmp_path / "killed", *flags)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 120
-    while time.time() < deadline and not (log.exists() and '"step": 5,' in log.read_text()):
+    while process.poll() is None and not (tmp_path / "killed" / "state.pt").exists():
         time.sleep(0.01)
+    assert process.poll() is None, "it ended before it could be killed: more steps"
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "final").exists()
-    amft.main(["--resume", str(tmp_path / "killed")])
+    subprocess.run([sys.executable, amft.__file__, "--resume", str(tmp_path / "killed")], check=True)
+    subprocess.run([sys.executable, amft.__file__, *tiny_argv(tiny, tmp_path / "unbroken", *flags)], check=True)
     assert without_clock(read(tmp_path / "killed")) == without_clock(read(tmp_path / "unbroken"))
     assert torch.equal(final_policy(tmp_path / "killed"), final_policy(tmp_path / "unbroken"))
 
 
 def test_eval_only_repeats_the_runs_last_evaluation(tiny, tmp_path, capsys):
-    rows = tiny_run(tiny, tmp_path / "run")
+    rows = tiny_run(tiny, tmp_path / "run", "--eval-n", "4", "--steps", "3")
     capsys.readouterr()
-    amft.main(["--eval-only", "--model", str(tmp_path / "run" / "final"), "--eval-n", "8", "--device", "cpu"])
+    amft.main(["--eval-only", "--model", str(tmp_path / "run" / "final"), "--eval-n", "4", "--device", "cpu",
+               "--max-new-tokens", "34"])
     printed = capsys.readouterr().out
     for row in [row for row in rows if row["kind"] == "eval"][-len(tasks.GeneralPoints.splits):]:
         assert re.search(rf"^{row['split']} +{100 * row['success']:.1f} \[", printed, re.M)
 
 
+def test_an_evaluation_reports_samples_and_greedy_responses_of_the_same_episodes(base):
+    """Again by hand: the same episodes, 3 samples each at the temperature, and one greedy response each."""
+    (model, tokenizer), task = base, tasks.GeneralPoints()
+    row = amft.evaluate(model, tokenizer, task, "id", 20, 3, 0.9, 40, batch_size=7)
+    assert row == amft.evaluate(model, tokenizer, task, "id", 20, 3, 0.9, 40, batch_size=7)
+    episodes = task.episodes("id", 20)
+    greedy = [e.success for e in amft.rollout(model, tokenizer, episodes, 1, 40, 0).episodes]
+    assert row["greedy"] == pytest.approx(np.mean(greedy)) and row["n"] == 20 and row["samples"] == 3
+    torch.manual_seed(0)
+    played = []
+    for start in range(0, 20, 7):
+        played += amft.rollout(model, tokenizer, episodes[start:start + 7], 3, 40, 0.9).episodes
+        amft.rollout(model, tokenizer, episodes[start:start + 7], 1, 40, 0)
+    assert [e.unit for e in played] == [e.unit for e in episodes for _ in range(3)]
+    success = [e.success for e in played]
+    assert row["success"] == pytest.approx(np.mean(success)) and sum(row["outcomes"].values()) == 60
+    assert row["any"] == pytest.approx(np.mean([any(success[3 * i:3 * i + 3]) for i in range(20)]))
+    assert (row["success"], row["low"], row["high"]) == pytest.approx(tasks.interval([(e.success, e.unit) for e in played]))
+
+
+# --- bad input: one line, exit code 2 -----------------------------------------------------------------------------
+
+
 def fails(argv, capsys, code=2):
     capsys.readouterr()
     with pytest.raises(SystemExit) as info:
-        amft.main(argv)
+        amft.main([str(x) for x in argv])
     error = capsys.readouterr().err.strip()
-    assert info.value.code == code
+    assert info.value.code == code, error
+    assert len(error.splitlines()) == 1 and error.startswith("amft.py: "), error
     return error
 
 
-def test_bad_input_is_one_clear_line_and_exit_code_2(tiny, tmp_path, capsys):
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "metrics.jsonl").write_text("precious")
-    (tmp_path / "empty").mkdir()
-    shutil.copytree(tiny, tmp_path / "corrupt")
-    (tmp_path / "corrupt" / "model.safetensors").write_bytes(b"x" * 100)
-    foreign = tmp_path / "foreign"
-    LlamaForCausalLM.from_pretrained(tiny).save_pretrained(foreign)
-    make = importlib.import_module("make")
-    words = make.PreTrainedTokenizerFast(tokenizer_object=make.Tokenizer(make.models.WordLevel(
-        {"<unk>": 0, "Make": 1}, unk_token="<unk>")), unk_token="<unk>", eos_token="<unk>")
-    words.save_pretrained(foreign)
+def test_bad_flags(tiny, tmp_path, capsys):
     for argv, says in (
             (["--tsk", "gp"], "--tsk"), (["--task", "go"], "'go'"), (["--steps", "-1"], "--steps -1"),
             (["--samples", "1"], "--samples 1"), (["--mu", "1.5"], "--mu 1.5"), (["--mu", "nan"], "--mu nan"),
-            (["--mu", "1"], "--mu-max"), (["--method", "gap"], "'gap'"),
-            (["--method", "chord", "--meta"], "--method chord: must be amft"), (["--warmup", "101"], "--warmup 101"),
-            (["--meta-prompts", "900"], "--meta-prompts 900"), (["--keep-best"], "--val-every 0"),
-            (["--lr", "0"], "--lr 0"), (["--steps", "many"], "'many'"),
-            (["--out", str(tmp_path / "taken")], "already holds a run"),
-            (["--model", str(tmp_path / "empty")], "not a checkpoint"),
-            (["--model", str(tmp_path / "corrupt")], "not a checkpoint"), (["--model", "no/such"], "not a checkpoint"),
-            (["--model", str(foreign)], "tokenizer cannot encode"), (["--max-new-tokens", "9"], "--max-new-tokens 9"),
-            (["--device", "quantum"], "--device quantum"), (["--data", "x.jsonl"], "--data x.jsonl"),
+            (["--mu", "1"], "--mu-max"), (["--method", "gap"], "'gap'"), (["--warmup", "101"], "--warmup 101"),
+            (["--lr", "0"], "--lr 0"), (["--steps", "many"], "'many'"), (["--demos", "3"], "--demos 3"),
+            (["--max-new-tokens", "9"], "--max-new-tokens is 9"), (["--device", "quantum"], "--device quantum"),
+            (["--device", "meta"], "--device meta"), (["--data", "x.jsonl"], "--data x.jsonl"),
+            (["--seed", "18446744073709551616"], "--seed 18446744073709551616"), (["--seed", "-1"], "--seed -1"),
+            (["--mu-min", "0.9", "--mu-max", "0.1"], "--mu-min 0.9"), (["--st", "5"], "--st"), (["gp"], "gp"),
             (["--task", "math", "--data", str(tmp_path / "none.jsonl")], "cannot be read"),
-            (["--task", "gp-vl", "--model", str(tiny)], "not a vision-language checkpoint"),
-            (["--turns", "-1"], "--turns -1"), (["--demos", "3"], "--demos 3"),
-            (["--lam", "0.95"], "--meta-on both: must be val with --lam"),
-            (["--resume", str(tmp_path / "empty")], "no run there"), (["--plot", str(tmp_path)], "no run there"),
-            (["--resume", str(tmp_path), "--lr", "1"], "--resume goes alone")):
-        error = fails([*argv, "--out", str(tmp_path / "unused")] if "--out" not in argv and "--resume" not in argv
-                      else argv, capsys)
-        assert len(error.splitlines()) == 1 and error.startswith("amft.py: ") and says in error, error
-    assert (tmp_path / "taken" / "metrics.jsonl").read_text() == "precious"
+            *((["--" + name, "inf"], f"--{name} inf") for name in ("temperature", "eta-mu", "eta-h", "lr", "trace", "clip")),
+            # Flags that would not do anything.
+            (["--method", "sft", "--mu", "0.5"], "--mu: is not used"),
+            (["--method", "rl", "--sft-batch", "8"], "--sft-batch"), (["--method", "fixed", "--trace", "0"], "--trace"),
+            (["--method", "sft", "--samples", "8"], "--samples"), (["--method", "sft-rl", "--mu", "0.5"], "--mu"),
+            (["--eval-only", "--steps", "5"], "--steps"), (["--eval-only", "--method", "rl"], "--method"),
+            (["--resume", str(tmp_path), "--lr", "1"], "--resume goes alone"),
+            (["--resume", str(tmp_path), "--lr", "1e-4"], "--resume goes alone"),
+            (["--resume", str(tmp_path), "--eval-only"], "--resume goes alone")):
+        if not {"--resume", "--eval-only"} & set(argv):
+            argv = [*argv, "--out", str(tmp_path / "unused")]
+        assert says in fails(argv, capsys)
+    assert "--out" in fails(["--eval-only", "--out", tmp_path / "unused"], capsys)
     assert not (tmp_path / "unused").exists()
 
 
-def test_non_finite_loss_stops_the_run_and_keeps_the_log(tiny, tmp_path, capsys, monkeypatch):
-    true, calls = amft.sft_loss, itertools.count()
-    monkeypatch.setattr(amft, "sft_loss", lambda *a, **k: true(*a, **k) * (math.nan if next(calls) in (8, 9) else 1))
-    error = fails(["--smoke", "--model", tiny, "--out", str(tmp_path / "run"), "--device", "cpu", "--eval-n", "8"],
-                  capsys, code=1)
-    assert "step 5" in error and "sft_loss" in error
-    assert [row["step"] for row in read(tmp_path / "run") if row["kind"] == "step"] == [1, 2, 3, 4]
+def test_checkpoints_that_are_none(tiny, tmp_path, capsys):
+    """Also one that lacks a tensor, or has a NaN: it must not be filled at random and evaluated."""
+    from safetensors.torch import load_file, save_file
+    (tmp_path / "empty").mkdir()
+    for name in ("corrupt", "lacking", "nan", "other"):
+        shutil.copytree(tiny, tmp_path / name)
+    (tmp_path / "corrupt" / "model.safetensors").write_bytes(b"x" * 100)
+    tensors, key = load_file(Path(tiny) / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    meta = dict(metadata={"format": "pt"})
+    save_file({k: v for k, v in tensors.items() if k != key}, tmp_path / "lacking" / "model.safetensors", **meta)
+    broken = tensors[key].clone()
+    broken[0, 0] = math.nan
+    save_file({**tensors, key: broken}, tmp_path / "nan" / "model.safetensors", **meta)
+    save_file({**tensors, key: tensors[key][:, :3].contiguous()}, tmp_path / "other" / "model.safetensors", **meta)
+    foreign = tmp_path / "foreign"
+    LlamaForCausalLM.from_pretrained(tiny).save_pretrained(foreign)
+    make = importlib.import_module("make")
+    make.PreTrainedTokenizerFast(tokenizer_object=make.Tokenizer(make.models.WordLevel(
+        {"<unk>": 0, "Make": 1}, unk_token="<unk>")), unk_token="<unk>", eos_token="<unk>").save_pretrained(foreign)
+    for name in ("empty", "corrupt", "lacking", "nan", "other", "none/such"):
+        for argv in (["--out", tmp_path / "unused"], ["--eval-only"]):
+            assert "not a checkpoint" in fails(["--model", tmp_path / name, *argv], capsys)
+    assert "tokenizer cannot encode" in fails(["--model", foreign, "--out", tmp_path / "unused"], capsys)
+    assert "not a vision-language checkpoint" in fails(["--task", "gp-vl", "--model", tiny, "--out", tmp_path / "unused"],
+                                                      capsys)
+    assert not (tmp_path / "unused").exists()
+
+
+def test_folders_that_cannot_hold_a_run(tiny, tmp_path, capsys, monkeypatch, unevaluated):
+    """A file, below a file, too long a name, read-only, taken; a state without a log is a run, too."""
+    (tmp_path / "file").write_text("precious")
+    for name in ("log", "state"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "log" / "metrics.jsonl").write_text("precious")
+    (tmp_path / "state" / "state.pt").write_text("precious")
+    start = ["--smoke", "--model", tiny, "--device", "cpu", "--out"]
+    for out, says in (("file", ""), ("file/run", ""), ("x" * 400, ""), ("log", "already holds a run"),
+                      ("state", "already holds a run")):
+        error = fails([*start, tmp_path / out], capsys)
+        assert says in error and (str(tmp_path / out)[:40] in error) and "--resume" not in error.replace(
+            f"--resume {tmp_path / out} goes on with it", "")
+    for path in ("file", "log/metrics.jsonl", "state/state.pt"):
+        assert (tmp_path / path).read_text() == "precious"
+    if os.getuid():
+        (tmp_path / "locked").mkdir(mode=0o500)
+        fails([*start, tmp_path / "locked" / "run"], capsys)
+
+    def full(self, kind, **fields):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(amft.Run, "write", full)
+    assert "No space left" in fails([*start, tmp_path / "new"], capsys)
+
+
+def test_an_interrupt_before_there_is_a_run_does_not_say_resume(tiny, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(amft, "load_policy", interrupt)
+    assert "--resume" not in fails(["--smoke", "--model", tiny, "--out", tmp_path / "run"], capsys, code=130)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def broken_off(tiny, tmp_path, monkeypatch, unevaluated, capsys):
+    monkeypatch.setattr(amft, "SAVE_SECONDS", 0)
+    stopped(tiny_argv(tiny, tmp_path / "run"), monkeypatch, 6)
+    return tmp_path / "run"
+
+
+def test_states_and_logs_that_are_none(tiny, tmp_path, capsys, broken_off, monkeypatch):
+    """Garbage, empty, cut, of another model, of another log: one line that names the file, and nothing is lost."""
+    state, log = (broken_off / name for name in ("state.pt", "metrics.jsonl"))
+    good = state.read_bytes(), log.read_bytes()
+    other = torch.load(state, weights_only=True)
+    small = {**other, "theta": other["theta"][:-1]}
+    ahead = {**other, "log": other["log"] + 1}
+    lacking = {k: v for k, v in other.items() if k != "method"}
+    config, rest = good[1].split(b"\n", 1)
+
+    def saved(value):
+        torch.save(value, tmp_path / "x.pt")
+        return (tmp_path / "x.pt").read_bytes()
+    for content in (b"garbage", b"", good[0][:1000], good[0][:-1000], saved(small), saved(ahead), saved(lacking),
+                    saved([1, 2]), saved({**other, "adam": 3})):
+        state.write_bytes(content)
+        assert f"{state}: is not the state of this run" in fails(["--resume", broken_off], capsys)
+        assert log.read_bytes() == good[1]
+    state.write_bytes(good[0])
+    fields = json.loads(config)
+
+    def settings(**changed):
+        return json.dumps({**fields, **changed}).encode() + b"\n" + rest
+    for content in (b"\xff\xfe\x00" * 50 + b"\n", b"not json\n" + good[1], good[1].replace(b'"step": 2', b'"st', 1),
+                    b"[1, 2]\n" + good[1], b"7\n", b"{}\n", b"", rest, settings(steps="many"), settings(lr=None),
+                    settings(method=5), settings(prompts=[8]), settings(steps=-1), settings(method="gap"),
+                    settings(task="go"), settings(seed=2 ** 64), settings(lr=math.nan)):
+        log.write_bytes(content)
+        fails(["--resume", broken_off], capsys)
+        assert log.read_bytes() == content and state.read_bytes() == good[0]
+    log.unlink()
+    assert str(log) in fails(["--resume", broken_off], capsys)  # a state alone is no run
+    log.mkdir()
+    assert str(log) in fails(["--resume", broken_off], capsys)
+    log.rmdir()
+    assert str(tmp_path / "none") in fails(["--resume", tmp_path / "none"], capsys)
+    log.write_bytes(good[1])
+    amft.main(["--resume", str(broken_off)])
+    assert read(broken_off)[-1]["kind"] == "final"
+
+
+def test_the_log_never_holds_what_is_not_json(tmp_path):
+    run = amft.Run(tmp_path / "run", configured())
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError):
+            run.write("step", mu=value)
+    assert [row["kind"] for row in read(tmp_path / "run")] == ["config"]
+
+
+def test_nobody_reads_the_output(tiny, tmp_path, unevaluated):
+    """`| head -1`: no traceback."""
+    for argv in (["--eval-only", "--model", tiny, "--device", "cpu", "--eval-n", "1"], ["--help"]):
+        process = subprocess.Popen([sys.executable, amft.__file__, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True)
+        process.stdout.close()
+        error = process.stderr.read()
+        process.wait()
+        assert "Traceback" not in error and "Exception" not in error, error
+
+
+def test_non_finite_loss_stops_the_run_and_keeps_the_log(tiny, tmp_path, capsys, monkeypatch, unevaluated):
+    monkeypatch.setattr(amft, "SAVE_SECONDS", 0)
+    true, count = amft.sft_gradient, itertools.count(1)
+
+    def sick(*args):
+        grad, logps, losses = true(*args)
+        return grad, logps, losses if next(count) != 5 else dict(sft_loss=math.nan)
+    with monkeypatch.context() as patch:
+        patch.setattr(amft, "sft_gradient", sick)
+        error = fails(tiny_argv(tiny, tmp_path / "run"), capsys)
+    assert "step 5" in error and "sft_loss" in error and "--resume" in error
+    assert [row["step"] for row in read(tmp_path / "run", "step")] == [1, 2, 3, 4]
     amft.main(["--resume", str(tmp_path / "run")])  # nothing was lost
     assert read(tmp_path / "run")[-1]["kind"] == "final"
 
@@ -1008,33 +1389,44 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_log(tiny, tmp_path, capsys,
 def test_every_flag_is_explained(capsys):
     with pytest.raises(SystemExit) as info:
         amft.main(["--help"])
-    text = capsys.readouterr().out
-    assert info.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert not info.value.code
+    source = inspect.getsource(amft.Config)
     for field in amft.dataclasses.fields(amft.Config):
-        assert "--" + field.name.replace("_", "-") in text and field.metadata["help"][:20] in " ".join(text.split())
+        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.M)[1]
+        assert "--" + field.name.replace("_", "-") in text and " ".join(comment.split()) in text
 
 
-def test_plot(tiny, tmp_path, monkeypatch, capsys):
-    tiny_run(tiny, tmp_path / "run")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in fails(["--plot", str(tmp_path / "run")], capsys)
-    monkeypatch.undo()
-    pytest.importorskip("matplotlib")
-    amft.main(["--plot", str(tmp_path / "run")])
-    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+def test_runs_without_a_name_get_their_own_folders(tiny, tmp_path, monkeypatch, unevaluated):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        amft.main(["--smoke", "--model", tiny, "--device", "cpu", "--steps", "3", "--method", "sft"])
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["gp", "gp-2"]
+    assert read("runs/gp-2")[-1]["kind"] == "final"
+
+
+def test_micro_batches_do_not_change_a_run(tiny, tmp_path, unevaluated, rewarded):
+    for size in ("256", "5"):
+        tiny_run(tiny, tmp_path / size, "--micro-batch", size, "--steps", "5", "--method", "fixed")
+    whole, parts = (final_policy(tmp_path / size) for size in ("256", "5"))
+    start = parameters_to_vector(LlamaForCausalLM.from_pretrained(tiny).parameters()).detach()
+    # Adam's step of an entry whose gradient is next to nothing has any sign: most entries, not every one.
+    assert ((whole - parts).abs() < 0.02 * (whole - start).abs().max()).float().mean() > 0.97
 
 
 def test_amft_learns(tmp_path, monkeypatch):
-    """From the shipped base, on a world of 12 training multisets: greedy success goes from under a half to over it."""
+    """From the shipped base, on a world of 12 training multisets: success of samples goes from under a half to over it."""
     few = random.Random(SEED).sample([m for m, role in tasks.ROLES.items() if role == "train" and max(m) <= 10
                                       and tasks.solve(m)], 12)
     monkeypatch.setattr(tasks, "ROLES", {m: role if role != "train" or m in few else "unused"
                                          for m, role in tasks.ROLES.items()})
     monkeypatch.setattr(tasks.GeneralPoints, "splits", {"id": "these 12"})
-    amft.main(["--task", "gp", "--warmup", "25", "--steps", "30", "--prompts", "8", "--meta-prompts", "8", "--lr",
-               "1e-3", "--eval-n", "200", "--demos", "1000", "--out", str(tmp_path / "run"), "--device", "cpu"])
-    success = [row["success"] for row in read(tmp_path / "run") if row["kind"] == "eval"]
-    assert success[0] < 0.5 and success[-1] > max(0.5, success[0] + 0.2), success
+    amft.main(["--task", "gp", "--warmup", "25", "--steps", "32", "--prompts", "8", "--lr", "1e-3", "--demos", "1000",
+               "--out", str(tmp_path / "run"), "--device", "cpu"])
+    rows = read(tmp_path / "run", "eval")
+    assert [row["n"] for row in rows] == [12, 12]
+    first, last = (row["success"] for row in rows)
+    assert first < 0.5 and last > first + 0.5 * (1 - first), (first, last)
 
 
 def test_interval_covers_when_deals_come_in_clusters():
@@ -1044,13 +1436,13 @@ def test_interval_covers_when_deals_come_in_clusters():
     for _ in range(400):
         solved = [rng.random() < 0.4 for _ in range(60)]
         units = [rng.randrange(60) for _ in range(1000)]
-        low, high = amft.interval([int(solved[u]) for u in units], units)
+        share, low, high = tasks.interval([(solved[u], u) for u in units])
         covered, narrow = covered + (low <= 0.4 <= high), narrow + (high - low < 0.1)
-    assert 0.90 < covered / 400 < 0.99 and narrow == 0
-    low, high = amft.interval([1] * 30 + [0] * 70, range(100))
-    assert (low, high) == pytest.approx((0.2189, 0.3958), abs=1e-3)  # Wilson 1927, 30 of 100
-    low, high = amft.interval([0] * 50, range(50))
-    assert low == 0 and 0.06 < high < 0.08
+    assert 0.89 < covered / 400 < 0.99 and narrow == 0
+    share, low, high = tasks.interval([(i < 30, i) for i in range(100)])
+    assert (share, low, high) == pytest.approx((0.3, 0.2189, 0.3958), abs=1e-3)  # Wilson 1927, 30 of 100
+    share, low, high = tasks.interval([(False, i) for i in range(50)])
+    assert share == low == 0 and 0.06 < high < 0.08
 
 
 # --- General Points -----------------------------------------------------------------------------------------------
@@ -1203,16 +1595,16 @@ ALL_TASKS = list(tasks.TASKS)
 
 def shipped(name, **options):
     task = tasks.TASKS[name](**options)
-    config = amft.Config(task=name, device="cpu", **{k: v for k, v in task.defaults.items() if k == "max_new_tokens"})
+    config = configured(task=name, **{k: v for k, v in task.defaults.items() if k == "max_new_tokens"})
     return task, *amft.load_policy(config, task), config
 
 
-def alone(model, batch, row):
+def alone(model, batch, row, grad=False):
     """Log-probabilities of a row's own tokens, without padding, holes or company, by a plain forward pass."""
     keep = batch.attention[row].bool()
     ids = batch.ids[row][keep].unsqueeze(0)
     own = torch.cat([torch.zeros(batch.ids.shape[1] - batch.mask.shape[1]), batch.mask[row]])[keep].bool()
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         extra = dict(pixel_values=batch.pixels[row]) if len(batch.pixels[row]) else {}
         logps = model(input_ids=ids, **extra).logits[0].log_softmax(-1)
     return logps[:-1].gather(-1, ids[0, 1:].unsqueeze(-1)).squeeze(-1)[own[1:]]
@@ -1222,24 +1614,25 @@ def alone(model, batch, row):
 def test_conversations_alone_and_in_company(name):
     """What was sampled, and what is demonstrated: the same log-probabilities in a batch with holes as alone; and each
     sampled token came from the distribution that training sees."""
-    task, model, tokenizer, config = shipped(name, turns=3 if name == "gp" else 0)
+    task, model, tokenizer, config = shipped(name)
     rng = random.Random(SEED)
     episodes = [task.sample("train", rng) for _ in range(4)]
     rollouts = amft.rollout(model, tokenizer, episodes, 3, config.max_new_tokens, 2.0)  # hot: failures, retries, cuts
-    if name in ("gp", "virl", "virl-vl"):
-        assert max(map(len, rollouts.responses)) > 1
+    if name in ("gp-turns", "virl", "virl-vl"):
+        assert max(len(e.responses) for e in rollouts.episodes) > 1
         assert (rollouts.batch.attention[:, -rollouts.batch.mask.shape[1]:] == 0).any()
     for batch in (rollouts.batch, amft.encode_demos(model, tokenizer, episodes)):
         with torch.no_grad():
             together = amft.logps_of(model, batch)
-        for row in range(len(batch)):
+        for row in range(len(batch.ids)):
             own = together[row][batch.mask[row].bool()]
             torch.testing.assert_close(own, alone(model, batch, row), rtol=1e-3, atol=2e-3)
             for rows in (slice(row, row + 1), torch.tensor([row])):
-                part = batch[rows]
-                assert len(part) == 1 and torch.equal(part.pixels[0], batch.pixels[row])
+                part = batch.rows(rows)
+                assert len(part.ids) == 1 and torch.equal(part.pixels[0], batch.pixels[row])
     # The text that was graded is the text in the batch, and the rewards stand on the last token of each response.
-    for row, (episode, texts) in enumerate(zip(rollouts.episodes, rollouts.responses)):
+    for row, episode in enumerate(rollouts.episodes):
+        texts = episode.responses
         own = rollouts.batch.mask[row].bool()
         spoken = tokenizer.decode(rollouts.batch.responses[row][own])
         assert spoken.count("<eos>") <= len(texts)  # nothing is said after the end
@@ -1252,7 +1645,7 @@ def test_conversations_alone_and_in_company(name):
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_every_token_is_sampled_from_the_policy_that_is_trained(name, monkeypatch):
     """The entropy that sampling saw, with its cache and its holes, is that of training's logits, turn by turn."""
-    task, model, tokenizer, config = shipped(name, turns=2 if name == "gp" else 0)
+    task, model, tokenizer, config = shipped(name)
     rng, columns = random.Random(SEED), []
     true = amft.Watcher.__call__
 
@@ -1287,21 +1680,26 @@ def test_demonstrations_teach_what_is_right_and_show_what_went_wrong(base, token
 
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_rewards_and_gradients_of_whole_conversations(name):
-    """explore() pays once, at the end; and the RL gradient equals the textbook one over all turns."""
-    task, model, tokenizer, config = shipped(name, turns=2 if name == "gp" else 0)
+    """Paid once, for success; and the RL gradient equals the textbook one over all turns."""
+    task, model, tokenizer, config = shipped(name)
     config = amft.dataclasses.replace(config, samples=4, advantage="group")
     rng = random.Random(SEED)
-    rollouts = amft.explore(model, tokenizer, [task.sample("train", rng) for _ in range(4)], config)
-    assert torch.equal(rollouts.rewards.sum(1), rollouts.success.reshape(-1))
-    assert rollouts.success.reshape(-1).tolist() == [float(e.success) for e in rollouts.episodes]
-    amft.add_advantages(model, None, rollouts, config)
-    rewards = rollouts.success
-    weights = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True, correction=0) + 1e-20)
-    logps = amft.logps_of(model, rollouts.batch)
-    loss = -(weights.reshape(-1, 1) * logps * rollouts.batch.mask).sum() / rollouts.batch.mask.sum()
-    expected = flat_grad(loss, model) if weights.any() else torch.zeros_like(amft.flatten(model))
+    seen = amft.rollout(model, tokenizer, [task.sample("train", rng) for _ in range(4)], 4, config.max_new_tokens)
+    assert seen.success.reshape(-1).tolist() == [float(e.success) for e in seen.episodes]
+    if not 0 < seen.success.mean() < 1:
+        seen = seen._replace(success=(torch.arange(16).view(4, 4) % 3 == 0).float())
+    advantages = amft.advantages_of(model, None, seen, config)
+    weights = seen.success - (seen.success.sum(1, keepdim=True) - seen.success) / 3
+    weights = weights / weights.std(correction=0)
+    loss = 0.0
+    for row in range(16):
+        loss = loss - weights.flatten()[row] * alone(model, seen.batch, row, grad=True).sum() / seen.batch.mask.sum()
     config.micro_batch = 3
-    torch.testing.assert_close(amft.rl_gradient(model, None, rollouts, config)[0], expected, rtol=1e-3, atol=5e-6)
+    grad = amft.rl_gradient(model, None, seen.batch, advantages, config)[0]
+    if weights.any():
+        close(grad, flat_grad(loss, model), 5e-3)
+    else:
+        assert not grad.any()
 
 
 def test_a_chat_model_gets_its_own_template_turn_by_turn(base, tokenizer):
@@ -1311,8 +1709,8 @@ def test_a_chat_model_gets_its_own_template_turn_by_turn(base, tokenizer):
                           "{{ m.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}Turn {% endif %}")
     said = [dict(role=role, content=text) for role, text in (("user", "3 + 4"), ("assistant", "8"), ("user", "10"))]
     whole = chat.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    parts = [amft.encode_shown(base[0], chat, "3 + 4"), chat("8")["input_ids"] + [chat.eos_token_id],
-             amft.encode_shown(base[0], chat, "10", first=False)]
+    parts = [tasks.encode_shown(base[0], chat, "3 + 4"), chat("8")["input_ids"] + [chat.eos_token_id],
+             tasks.encode_shown(base[0], chat, "10", first=False)]
     text = chat.decode(sum(parts, []))
     assert text.replace("Turn 8", "8") == whole and text.count("Turn ") == 2  # asked to speak at each turn
 
@@ -1328,7 +1726,7 @@ def test_a_policy_cannot_say_a_picture():
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_the_shipped_policies_are_above_chance_and_below_saturation(name):
     task, model, tokenizer, config = shipped(name)
-    row = amft.evaluate(model, tokenizer, task, "id", 24, config.max_new_tokens)
+    row = amft.evaluate(model, tokenizer, task, "id", 24, 2, 1.0, config.max_new_tokens)
     assert 0 < row["success"] < 1 and sum(row["outcomes"].values()) >= 24
 
 
@@ -1369,7 +1767,10 @@ def test_a_sixth_task_in_thirty_lines(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(tasks.TASKS, "sums", Addition)
     rows = tiny_run(tiny, tmp_path / "sums", "--task", "sums", "--max-new-tokens", "5")
     assert rows[-1]["kind"] == "final" and {row["split"] for row in rows if row["kind"] == "eval"} == {"val", "heldout"}
-    assert all(1 <= row["turns"] <= 3 for row in rows if row["kind"] == "step" and row["turns"])
+    for row in rows:
+        if row["kind"] == "eval":  # one to three responses in each conversation
+            assert row["n"] * row["samples"] <= sum(row["outcomes"].values()) <= 3 * row["n"] * row["samples"]
+            assert 0 <= row["first_try"][0] <= row["success"]
     assert [turn[2:] for turn in Sums(2, 3).demonstration()] == [("5", True)]
 
 
@@ -1391,21 +1792,22 @@ def tiny_eyes(tmp_path_factory, tokenizer):
 
 
 @pytest.mark.parametrize("name", ALL_TASKS)
-def test_every_task_runs(name, tiny, tiny_eyes, tmp_path, capsys):
+def test_every_task_runs(name, tiny, tiny_eyes, tmp_path, monkeypatch):
+    splits = dict(list(tasks.TASKS[name].splits.items())[:2])
+    monkeypatch.setattr(tasks.TASKS[name], "splits", splits)
     rows = tiny_run(tiny_eyes if name.endswith("-vl") else tiny, tmp_path / name, "--task", name, "--max-new-tokens",
-                    "90" if name == "math" else "40", "--prompts", "4", "--steps", "3", "--warmup", "1",
-                    "--meta-prompts", "2")
+                    "90" if name == "math" else "60", "--prompts", "3", "--steps", "3", "--warmup", "1", "--eval-n", "4",
+                    "--meta-every", "2")
     evals, kinds = [row for row in rows if row["kind"] == "eval"], Counter(row["kind"] for row in rows)
-    splits = set(tasks.TASKS[name].splits)
-    assert kinds == {"config": 1, "step": 3, "eval": 3 * len(splits), "final": 1} and "val" in splits
+    assert kinds == {"config": 1, "step": 3, "eval": 2 * len(splits), "final": 1} and "val" in splits
+    assert "meta_grad" in [row for row in rows if row["kind"] == "step"][-1]
     for row in evals:
-        assert ("step_accuracy" in row) == name.startswith("virl")
-        assert ("recognition" in row) == (name not in ("gp", "math"))
+        assert ("step_accuracy" in row) == (name.startswith("virl") or name == "gp-turns")
+        assert ("recognition" in row) == (name not in ("gp", "gp-turns", "math"))
         for measure in ("step_accuracy", "first_try", "recognition"):
             if measure in row:
                 share, low, high = row[measure]
                 assert 0 <= low <= share <= high <= 1
-    assert ("accuracy of single responses" in capsys.readouterr().out) == name.startswith("virl")
 
 
 def test_meta_gradient_of_a_policy_with_eyes_against_finite_differences(tiny_eyes, tokenizer, monkeypatch):
@@ -1415,13 +1817,13 @@ def test_meta_gradient_of_a_policy_with_eyes_against_finite_differences(tiny_eye
     monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: self.weight * x * (
         x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
     rng = random.Random(SEED)
-    config = amft.Config(task="gp-vl", model=tiny_eyes, device="cpu", max_new_tokens=60)
+    config = configured(task="gp-vl", model=tiny_eyes, max_new_tokens=60)
     task = tasks.GeneralPointsPictures()
     model, _ = amft.load_policy(config, task)
     model = model.double()
     deals = [task.sample("val", rng) for _ in range(3)]
-    prompts = [torch.tensor(amft.encode_shown(model, tokenizer, deal.prompt)) for deal in deals]
-    pixels = [amft.pixels_of([deal.image], "cpu").double() for deal in deals]
+    prompts = [torch.tensor(tasks.encode_shown(model, tokenizer, deal.prompt)) for deal in deals]
+    pixels = [tasks.pixels_of([deal.image], "cpu").double() for deal in deals]
     vocabulary = len(tokenizer)
     generator = torch.Generator().manual_seed(SEED)
     reward = (torch.rand(3, vocabulary, generator=generator) < 0.3).double()
@@ -1450,15 +1852,15 @@ def test_meta_gradient_of_a_policy_with_eyes_against_finite_differences(tiny_eye
     stepped, _ = amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, **how)
     vector_to_parameters(stepped.clone(), model.parameters())
     actual = 0.0
+    words = [i for i in range(vocabulary) if i != model.config.image_token_id]  # that one has no probability
     for ids, image, r in zip(prompts, pixels, reward):
-        every = torch.cat([ids.expand(vocabulary, -1), torch.arange(vocabulary).unsqueeze(1)], 1)
-        words = [i for i in range(vocabulary) if i != model.config.image_token_id]  # that one has no probability
-        batch = amft.Batch(every[words], torch.ones_like(every[words]), torch.ones(len(words), 1), [image] * len(words))
-        dlogps = amft.logp_sensitivity(model, stepped, tangent, batch)
-        with torch.no_grad():
-            p = model(input_ids=ids.unsqueeze(0), pixel_values=image).logits[0, -1].softmax(-1)[words]
-        actual += (p * r[words] * dlogps).sum().item() / 3
-    assert abs(expected) > 1e-5 and actual == pytest.approx(expected, rel=1e-4)
+        every = torch.cat([ids.expand(vocabulary, -1), torch.arange(vocabulary).unsqueeze(1)], 1)[words]
+        batch = amft.Batch(every, torch.ones_like(every), torch.ones(len(words), 1), [image] * len(words))
+        logps = amft.logps_of(model, batch).squeeze(1)
+        score = amft.gradient(model, (logps.exp().detach() * r[words] * logps).sum())
+        actual += (score @ tangent).item() / 3
+    size = (score.norm() * tangent.norm()).item()
+    assert actual == pytest.approx(expected, rel=1e-3, abs=1e-4 * size) and size > 0
 
 
 # --- every task: experts, chance, hostile text --------------------------------------------------------------------
@@ -1762,13 +2164,14 @@ def test_a_readers_own_problems(tiny, tmp_path, capsys):
         assert not roles[a] & roles[b]
     assert 10 <= len(roles["heldout"]) <= 30 and 10 <= len(roles["val"]) <= 30
     log = tiny_run(tiny, tmp_path / "run", "--task", "math", "--data", str(file), "--max-new-tokens", "60", "--steps",
-                   "5")
+                   "4", "--eval-n", "4")
     assert log[-1]["kind"] == "final" and {r["split"] for r in log if r["kind"] == "eval"} == {"val", "id", "heldout"}
     good = json.dumps(rows[1])
     for bad, says in (("{", "line 2: is not JSON"), ("[1]", 'line 2: "prompt" must'),
                       ('{"prompt": "x"}', 'line 2: "solution" must'),
+                      (json.dumps(dict(rows[1], prompt="<image> 3 + 4?")), "line 2: <image> stands for a picture"),
                       (json.dumps(dict(rows[1], answer=7)), 'line 2: "answer" must'),
-                      ("[" * 10 ** 5, "line 2: is not JSON"),
+                      ("[" * 10 ** 5, "line 2: is not JSON"), (good[:-1] + ', "x": NaN}', "line 2: is not JSON"),
                       (json.dumps(dict(rows[1], answer="999")),
                        'line 2: the last box of "solution" is not "answer", 999')):
         file.write_text(good + "\n" + bad + "\n")
@@ -1859,7 +2262,7 @@ def test_show_draws_what_the_policy_sees(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     for name in ("gp-vl", "virl-vl", "math"):
-        tasks.show(name)
+        tasks.show_task(name)
     assert (tmp_path / "gp-vl.png").stat().st_size > 10_000 < (tmp_path / "virl-vl.png").stat().st_size
     assert "ood_visual" in capsys.readouterr().out and not (tmp_path / "math.png").exists()
 
