@@ -37,32 +37,28 @@ class Config(amft.Config):
     def __post_init__(self):
         least = self.samples * (self.steps + self.prompts * looks(self, 1))
         if 0 < self.responses < least:
-            raise amft.UserError(f"--responses {self.responses}: must be 0 or at least {least}, a prompt at each step "
-                                 "and the controller's own")
+            raise amft.UserError(f"--responses {self.responses}: must be 0 or at least {least}, a prompt at each "
+                                 "step and the controller's own")
 
 # ----- One loss or the other -----
 
 class DFT(amft.SFT):
     """arXiv 2508.05629 Eq. 9: L = -sum_t sg(p_t) log p_t."""
-    unused, defaults = [*amft.SFT.unused, "imitation"], dict(imitation="rectified")
+    unused, defaults = [*amft.SFT.unused, "imitation"], dict(warmup=0, imitation="rectified")
 
 class SASR(amft.Method):
-    """arXiv 2505.13026: a step is SFT with probability G_last / (G_last + gamma G_warm), else RL.
-
-    G_last: norm of grad L_SFT at the last SFT step, stale between them; G_warm: at the end of the warm-up."""
+    """arXiv 2505.13026: a step is SFT with probability G_last / (G_last + gamma G_warm), else RL. G: norms of grad
+    L_SFT, of the last SFT step (stale between them) and of the end of the warm-up."""
     unused, reads = ["mu", *amft.CONTROLLER], ["sasr"]
-    last = warm = None
+    imitates = lambda self, t: not self.explores(t)  # noqa: E731
 
     def explores(self, t):  # one draw a step, whoever asks and however often
         draw = random.Random(f"sasr {self.config.seed} {t}").random()
         return t > max(self.config.warmup, 1) and draw >= self.last / (self.last + self.config.sasr * self.warm)
 
-    def imitates(self, t):
-        return not self.explores(t)
-
     def mu(self, s):
         if s.demos:
-            self.last = s.g_sft.norm().item() + 1e-12  # 0 / 0 never
+            self.last = s.g_sft.norm().item() + 1e-12  # never 0 / 0
             self.warm = self.last if s.t <= max(self.config.warmup, 1) else self.warm
         return 1.0 if s.demos else 0.0
 
@@ -111,31 +107,34 @@ def gac_mu(mu, gap, noise_sft, noise_rl, most):
     best = (0.5 * gap + noise_rl) / (gap + noise_sft + noise_rl)
     return mu + max(-most, min(most, (best + 0.5) / 2 - mu))
 
-class GAC(amft.Method):
-    """arXiv 2605.26184: mu -> argmin of (mu - 1/2)^2 D^2 + mu^2 s_S^2 + (1 - mu)^2 s_R^2, running means of the proxies
-    above. Published for hundreds of steps: memory 0.99, every 10 steps (--meta-every) by at most 0.01 (--eta-mu)."""
-    unused, defaults, reads = ["controller", "eta_h", "utility", "trace"], dict(mu_max=0.9), ["memory"]
+def gac_step(s, mu, means, c):
+    """(mu after the step's proxies, running means of these), each as it was before or None."""
+    new, mu = gac_proxies(s), c.mu if mu is None else mu
+    means = [c.memory * a + (1 - c.memory) * b for a, b in zip(means or new, new)]
+    if (s.t - c.warmup) % c.meta_every == 0:
+        mu = min(max(gac_mu(mu, *means, c.eta_mu), c.mu_min), c.mu_max)
+    return mu, means
 
-    def __init__(self, config):
-        self.config, self.now, self.proxies = config, config.mu, None
+class GAC(amft.Method):
+    """arXiv 2605.26184: mu -> argmin of (mu - 1/2)^2 D^2 + mu^2 s_S^2 + (1 - mu)^2 s_R^2, the proxies above.
+    Published for longer runs: memory 0.99, every 10 steps (--meta-every) by at most 0.01 (--eta-mu)."""
+    unused, defaults, reads = ["controller", "eta_h", "utility", "trace"], dict(mu_max=0.9), ["memory"]
+    state = None, None
 
     def imitation_loss(self, s, logps, mask, tokens, rows):
         s.nll = [*getattr(s, "nll", ()), *(-(logps.detach() * mask).sum(1) / mask.sum(1)).tolist()]
         return super().imitation_loss(s, logps, mask, tokens, rows)
 
     def mu(self, s):
-        c, new = self.config, gac_proxies(s) if s.rollouts else ()
-        self.proxies = [c.memory * a + (1 - c.memory) * b for a, b in zip(self.proxies or new, new)]
-        if new and (s.t - c.warmup) % c.meta_every == 0:
-            self.now = min(max(gac_mu(self.now, *self.proxies, c.eta_mu), c.mu_min), c.mu_max)
-        return self.now if new else 1.0
+        self.state = gac_step(s, *self.state, self.config) if s.rollouts else self.state
+        return self.state[0] if s.rollouts else 1.0
 
 # ----- A mu of each prompt -----
 
 class PerPrompt(amft.Method):
-    """L = sum over the step's prompts p of (1 - mu_p) L_RL,p + mu_p L_SFT,p, with one demonstration of each of them.
+    """L = sum over the step's prompts p of (1 - mu_p) L_RL,p + mu_p L_SFT,p, with one demonstration of each.
 
-    Algorithm 1 has one mu: it is the mean of mu_p, and mu_p / mu and (1 - mu_p) / (1 - mu) go inside the two losses."""
+    Algorithm 1 has one mu: the mean of mu_p. So mu_p / mu and (1 - mu_p) / (1 - mu) go inside the two losses."""
     unused, defaults = ["mu", "warmup", "sft_batch", *amft.CONTROLLER], dict(warmup=0)
 
     def demonstrations(self, s):
@@ -167,23 +166,24 @@ class HPT(PerPrompt):
         return (s.rollouts.success.mean(1) <= self.config.gate).float()
 
 class DyME(PerPrompt):
-    """arXiv 2506.23061: where k = 0, the demonstration takes one of the G slots, with A = 1; the others have A = 0."""
-    def imitation_loss(self, *args):
-        return super().imitation_loss(*args) / self.config.samples
+    """arXiv 2506.23061: where k = 0, the demonstration takes one of the G slots, with A = 1; the others have 0."""
+    def imitation_loss(self, s, logps, mask, tokens, rows):
+        return super().imitation_loss(s, logps, mask, tokens, rows) / self.config.samples
 
 # ----- The demonstration joins its prompt's samples -----
 
 def union_advantages(success):
-    """Group advantages of a prompt's samples and its demonstration, which counts as correct: (P, G) -> (P, G), (P,)."""
+    """Group advantages of samples and of a demonstration that joins them as correct: (P, G) -> (P, G), (P,)."""
     union, _ = amft.group_advantages(torch.cat([success, torch.ones_like(success[:, :1])], 1))
     return union[:, :-1], union[:, -1]
 
 class LUFFY(PerPrompt):
-    """arXiv 2504.14945: one union of G samples and a demonstration, whose loss is -A p / (p + gamma) (--shape).
+    """arXiv 2504.14945: a demonstration joins its prompt's samples, and its loss is -A p / (p + gamma).
 
     A of the union (Eq. 4), not divided by each prompt's own std, as in its code; PPO-clip as in its paper alone."""
     unused, reads = [*PerPrompt.unused, "imitation", "advantage", "reward"], ["shape"]
     defaults = dict(warmup=0, advantage="group")
+    mu = lambda self, s: 1 / (self.config.samples + 1)  # noqa: E731  # the demonstration's share of the union
 
     def advantages(self, s):
         A, s.A = union_advantages(s.rollouts.success)
@@ -193,12 +193,10 @@ class LUFFY(PerPrompt):
         p = logps.exp()
         return amft.sft_loss(s.A[rows].unsqueeze(1) * p / (p + self.config.shape), mask, tokens)
 
-    mu = lambda self, s: 1 / (self.config.samples + 1)  # noqa: E731  # the demonstration's share of the union
-
 class SRFT(PerPrompt):
-    """arXiv 2506.19767 Eqs. 8, 12, 13: L = 0.5 e^-H L_SFT - A p + 0.1 e^H E[-log pi(y+)] + E[log pi(y-)], H constant.
+    """arXiv 2506.19767 Eqs. 8, 12, 13: L = 0.5 e^-H L_SFT - A p + 0.1 e^H E[-log pi(y+)] + E[log pi(y-)], sg(H).
 
-    A as LUFFY's. A sum without mu, so 1/2 of each. Its code has e^+H before L_SFT; the last term has no lower bound."""
+    A as LUFFY's. A sum has no mu: 1/2 of each. Its code has e^+H before L_SFT; the last term is unbounded."""
     unused, defaults = LUFFY.unused, LUFFY.defaults
     mu = lambda self, s: 0.5  # noqa: E731
 
@@ -221,7 +219,7 @@ def looks(config, t):
                for u in range(max(t, config.warmup + 2), config.steps + 1))
 
 class EqualBudget:
-    """Before a method: shares out --responses evenly over the steps that explore, AMFT's samples on val among them."""
+    """Before a method: shares out --responses, AMFT's on val among them, evenly over the steps that explore."""
     spent = explored = first = 0
 
     def prompts(self, s):
@@ -239,16 +237,16 @@ class EqualBudget:
         self.spent += 0 if s.update else s.sampled
         super().moved(s)
 
-RIVALS = {"dft": DFT, "sasr": SASR, "relift": ReLIFT, "cosine": Cosine, "chord": CHORD, "gac": GAC, "superrl": SuperRL,
-          "hpt": HPT, "dyme": DyME, "luffy": LUFFY, "srft": SRFT}
+RIVALS = {"dft": DFT, "sasr": SASR, "relift": ReLIFT, "cosine": Cosine, "chord": CHORD, "gac": GAC,
+          "superrl": SuperRL, "hpt": HPT, "dyme": DyME, "luffy": LUFFY, "srft": SRFT}
 
-def compared(cls):
+def compared(name, cls):
     """The method with the budget before it, and without the flags here that belong to others."""
     others = {f.name for f in dataclasses.fields(Config)} - {f.name for f in dataclasses.fields(amft.Config)}
     others -= {*getattr(cls, "reads", ()), *(() if "prompts" in cls.unused else ("responses",))}
-    return type(cls.__name__, (EqualBudget, cls), dict(unused=[*cls.unused, *others], __doc__=cls.__doc__))
+    return type(name, (EqualBudget, cls), dict(unused=[*cls.unused, *others], __doc__=cls.__doc__))
 
-METHODS = {name: compared(cls) for name, cls in {**amft.METHODS, **RIVALS}.items()}
+METHODS = {name: compared(name, cls) for name, cls in {**amft.METHODS, **RIVALS}.items()}
 
 def main(argv=None):
     amft.main(argv, METHODS, Config)
