@@ -1,7 +1,7 @@
 """AMFT, Adaptive Meta Fine-Tuning (arXiv 2508.06944), in one file.
 
-A policy pi_theta learns from demonstrations (SFT) and from its own graded samples (RL) on one loss. A controller
-learns their balance mu from what mu does to success on held-out prompts, steadied by the policy's entropy:
+A policy pi_theta learns from demonstrations (SFT) and from its own graded samples (RL) on one loss, and a
+controller learns their balance mu from what mu does to success on held-out prompts, steadied by the entropy:
 
     (1)  J_RL(theta)  = E_{y ~ pi_theta}[R_explicit(y)]      R = 1 if y is correct, else 0; L_RL by PPO-clip
     (2)  L_SFT(theta) = -E_{(x, y*)}[log pi_theta(y* | x)]   the implicit reward of following the expert's y*
@@ -17,7 +17,7 @@ Differs from the paper, marked where it happens:
     Eq. 6's sign of the entropy; the paper's text has the other one (--eta-h below 0)
     both losses are divided by their batch's response tokens; the paper states no normalisation
 
-    python amft.py --task gp                    # Algorithm 1 on General Points, in minutes, CPU or GPU
+    python amft.py --task gp                    # Algorithm 1 on General Points, minutes on a CPU
     python amft.py --task gp --smoke            # the same path in under a minute
     python amft.py --task gp --method sft-rl    # or sft, rl, fixed; other rivals have their own file
     python amft.py --resume runs/gp             # go on with a run that was cut off
@@ -34,14 +34,12 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-import transformers
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
-from tasks import TASKS, Batch, check_tokenizer, encode_demos, show, table
+from tasks import TASKS, Batch, encode_demos, generation, inputs, load_policy, read, say, show, table
 
-# ----- Configuration: the flags. Their comments are what --help prints -----
+# --- Configuration: the flags. Their comments are what --help prints ---
 
 def flag(default, low=None, high=math.inf, choices=None):
     return dataclasses.field(default=default, metadata=dict(low=low, high=high, choices=choices))
@@ -51,62 +49,54 @@ class Config:
     # The mixture
     method: str = flag("amft")  # what chooses mu
     mu: float = flag(0.5, 0, 1)  # mu of fixed, and where amft starts
-    warmup: int = flag(10, 0)  # W: so many of the steps, the first, are SFT alone
+    warmup: int = flag(10, 0)  # W: the first steps, SFT alone
     # The controller
-    controller: str = flag("evidence", choices=("evidence", "paper"))  # paper: Eq. 6, --utility val, --trace 0
-    eta_mu: float = flag(0.05, 0)  # farthest that a step moves mu; paper: its rate; 0: no meta-gradient
+    controller: str = flag("evidence", choices=("evidence", "paper"))  # paper: Eq. 6, trace 0, U on val
+    eta_mu: float = flag(0.05, 0)  # most that a step moves mu; paper: its rate; 0: no meta-gradient
     eta_h: float = flag(0.5, -1e6, 1e6)  # mu's move per step and nat of entropy below H*
     mu_min: float = flag(0.05, 0, 1)  # mu stays at or above
     mu_max: float = flag(0.95, 0, 1)  # mu stays at or below
-    utility: str = flag("both", choices=("val", "train", "both"))  # whose success; train: the step's own prompts'
-    meta_every: int = flag(5, 1)  # K: steps from one look at validation prompts to the next
-    trace: float = flag(0.98, 0, 1)  # share of d theta/d mu that is carried on; 0: Eq. 5, one step
+    utility: str = flag("both", choices=("val", "train", "both"))  # whose success; train: the step's prompts'
+    meta_every: int = flag(5, 1)  # K: steps between looks at validation prompts
+    trace: float = flag(0.98, 0, 1)  # share of d theta/d mu that is carried on; 0: Eq. 5
     # Exploration
     prompts: int = flag(32, 1)  # P: prompts in a step
     samples: int = flag(8, 2)  # G: samples of a prompt
-    temperature: float = flag(1.0, 0.01)  # of sampling, and of the log-probabilities
+    temperature: float = flag(1.0, 0.01)  # of sampling and log-probabilities
     max_new_tokens: int = flag(40, 1)  # longest response
     reward: str = flag("binary", choices=("binary", "graded"))  # 1/0 (Eq. 1), or the task's own points
-    advantage: str = flag("gae", choices=("gae", "group"))  # over value function phi, or a prompt's other samples
+    advantage: str = flag("gae", choices=("gae", "group"))  # over phi, or a prompt's other samples
     clip: float = flag(0.2, 0, 1)  # PPO's range of the ratio
     ppo_epochs: int = flag(1, 1)  # updates with each batch of samples
     # Imitation
     imitation: str = flag("nll", choices=("nll", "rectified"))  # Eq. 2; rectified: times each token's own p
-    demos: int = flag(20000, 1)  # training problems, each with one demonstration
+    demos: int = flag(20000, 1)  # training problems, one demonstration each
     sft_batch: int = flag(64, 1)  # demonstrations in a step
     # The run
     steps: int = flag(100, 1)  # in all, the warm-up's included
     lr: float = flag(1e-4, 1e-12)  # alpha at the first step; it falls linearly to 0
     task: str = flag("gp", choices=tuple(TASKS))  # what is learned
-    model: str = flag("base")  # checkpoint folder or hub name; base: the one beside amft.py
-    data: str = flag("")  # math: your own problems, .jsonl: prompt, solution, answer
-    eval_n: int = flag(400, 1)  # at most so many episodes of a split in an evaluation
+    model: str = flag("base")  # checkpoint folder or hub name; base: the one here
+    data: str = flag("")  # math: your problems, .jsonl: prompt, solution, answer
+    eval_n: int = flag(400, 1)  # episodes of a split in an evaluation, at most
     val_every: int = flag(0, 0)  # steps between evaluations on val; 0: none
     seed: int = flag(0, 0, 2 ** 62)  # of everything random; same seed, same CPU: same log
-    device: str = flag("auto")  # cpu, cuda, mps; auto: the first of cuda, mps, cpu that is there
-    micro_batch: int = flag(256, 1)  # sequences in one pass: memory only, same gradient
+    device: str = flag("auto")  # auto: the first of cuda, mps, cpu that is there
+    micro_batch: int = flag(256, 1)  # sequences in a pass: memory only
 
+EVALUATES = "task model data eval_n temperature max_new_tokens device smoke eval_only".split()
 SMOKE = dict(steps=9, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, meta_every=2, eval_n=40)
 
-class UserError(Exception):
-    """Something that the user can put right: one line, exit code 2."""
-
-# ----- Policy: the log-probabilities of token ids -----
-
-def inputs(ids, attention, pixels, start=0):
-    """What the model takes of the columns from `start` on; those before are in its cache."""
-    positions = (attention.cumsum(1) - 1).clamp(min=0)  # padding and holes take no position
-    pixels = [p for p in pixels if len(p)]
-    return dict(input_ids=ids[:, start:], attention_mask=attention, position_ids=positions[:, start:],
-                **(dict(pixel_values=torch.cat(pixels)) if pixels else {}))
+# --- Policy: the log-probabilities of token ids ---
 
 def outputs(model, batch, temperature=1.0, hidden=False):
     """(logits (B, T, V) that predict the response tokens, last hidden states (B, T, D) there, or None)."""
     T = batch.mask.shape[1]
-    out = model(**inputs(*batch[:2], batch.pixels), logits_to_keep=T + 1, use_cache=False, output_hidden_states=hidden)
-    # Column t of the logits predicts column t + 1 of the ids: the response is predicted from one column earlier.
-    return (out.logits[:, :-1].float() / temperature,
-            out.hidden_states[-1][:, -T - 1:-1].float() if hidden else None)
+    out = model(**inputs(batch.ids, batch.attention, batch.pixels), logits_to_keep=T + 1, use_cache=False,
+                output_hidden_states=hidden)
+    # Column t of the logits predicts column t + 1 of the ids: the response is predicted one column earlier.
+    states = out.hidden_states[-1][:, -T - 1:-1] if hidden else None
+    return out.logits[:, :-1] / temperature, states
 
 def token_logps(logits, ids):  # (B, T, V), (B, T) -> log-probability of each id (B, T)
     return logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
@@ -117,52 +107,20 @@ def logps_of(model, batch, temperature=1.0):  # (B, T)
 def flatten(model):  # theta (N,)
     return parameters_to_vector(model.parameters()).detach()
 
-# ----- Rollouts: conversations of the policy with the task -----
+# --- Rollouts: conversations of the policy with the task ---
 
 class Rollouts(NamedTuple):  # G conversations with each of P episodes, a prompt's together
-    episodes: list  # B, played to their ends; each keeps its responses and their outcomes
+    episodes: list  # B, played to their ends
     batch: Batch
     success: torch.Tensor  # (P, G), 1.0 where the episode was solved: R_explicit of Eq. 1
-    graded: torch.Tensor  # (B, T), the task's points for each response, at its last token
-    entropy: float  # of the policy at temperature 1, mean over the sampled tokens, nats
-    truncated: float  # share of responses that were cut off before EOS
-
-class Watcher(transformers.LogitsProcessor):
-    """Reads the entropy off the logits that generation computes anyway; has conversations that are done say EOS."""
-    def __init__(self, done, eos):
-        self.done, self.eos, self.columns = done, eos, []  # done (B,)
-
-    def __call__(self, ids, logits):
-        logp = logits.float().log_softmax(-1)
-        self.columns.append(-(logp.exp() * logp).sum(-1))
-        if self.done.any():
-            logits = logits.masked_fill(self.done.unsqueeze(1), -torch.inf)
-            logits[self.done, self.eos] = 0.0
-        return logits
-
-def read(model, ids, attention, pixels, cache=None):
-    """The cache of all tokens but the last, from which generate goes on."""
-    known = cache.get_seq_length() if cache else 0
-    return model(**inputs(ids[:, :-1], attention[:, :-1], pixels, known), past_key_values=cache, use_cache=True,
-                 logits_to_keep=1).past_key_values
-
-def say(model, tokenizer, ids, attention, cache, done, how):
-    """A response of each conversation -> (ids (B, S'), which new ones count (B, n), sum of entropies, cut (B,))."""
-    watcher = Watcher(done, tokenizer.eos_token_id)
-    out = model.generate(ids, attention_mask=attention, past_key_values=cache, logits_processor=[watcher],
-                         generation_config=how)
-    # Finished before this token? Told by the EOS that came, never by ids == pad: pad may be EOS, or be sampled.
-    ended = (out[:, ids.shape[1]:] == tokenizer.eos_token_id).long()
-    own = ((ended.cumsum(1) - ended == 0) & ~done.unsqueeze(1)).float()
-    return out, own, (torch.stack(watcher.columns, 1) * own).sum().item(), ~done & ~ended.any(1)
+    graded: torch.Tensor  # (B, T), the task's points, at each response's last token
+    entropy: float  # at temperature 1, mean over sampled tokens, nats
+    truncated: float  # share of responses without EOS
 
 @torch.no_grad()
 def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperature=1.0):
-    """G = `samples` conversations of the policy with each of P episodes; temperature 0 is greedy. -> Rollouts"""
-    eos, device = tokenizer.eos_token_id, model.device
-    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
-    how = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id,
-                           bos_token_id=tokenizer.bos_token_id, **sampling)
+    """-> Rollouts: G = `samples` conversations with each of P episodes; temperature 0 is greedy."""
+    device, how = model.device, generation(tokenizer, max_new_tokens, temperature)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     ids, attention, pixels = show(model, tokenizer, episodes, [e.prompt for e in episodes], first=True)
     cache = read(model, ids, attention, pixels)  # each prompt once, not G times
@@ -180,13 +138,14 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
         points, shown = torch.zeros_like(own), [""] * len(played)
         for row in (~done).nonzero().squeeze(1).tolist():  # the task grades, and answers
             said = ids[row, width:][own[row].bool()]
-            text, points[row, len(said) - 1], done[row] = played[row].step(tokenizer.decode(said[said != eos]))
-            shown[row] = "" if done[row] else text
+            text = tokenizer.decode(said[said != tokenizer.eos_token_id])
+            shown[row], points[row, len(said) - 1], done[row] = played[row].step(text)
         attention, mask = torch.cat([attention, own.long()], 1), torch.cat([mask, own], 1)
         graded = torch.cat([graded, points], 1)
         if done.all():
             break
-        # A finished conversation is shown one EOS: nothing reads it, and generate expects no padding at the end.
+        # A finished conversation is shown one EOS: generate wants no padding there.
+        shown = ["" if over else text for text, over in zip(shown, done.tolist())]
         observed, real, pictures = show(model, tokenizer, played, shown)
         if ids.shape[1] + observed.shape[1] + max_new_tokens > longest:
             break  # out of room: what is not solved by now stays unsolved
@@ -195,14 +154,15 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
         pixels = [torch.cat(both) for both in zip(pixels, pictures)]
         read(model, ids, attention, pictures, cache)
     success = torch.tensor([float(e.success) for e in played], device=device).view(-1, samples)
-    batch = Batch(ids, attention, mask, pixels)
-    return Rollouts(played, batch, success, graded, entropy / mask.sum().item(), cut / turns)
+    batch, entropy = Batch(ids, attention, mask, pixels), entropy / mask.sum().item()
+    return Rollouts(played, batch, success, graded, entropy, cut / turns)
 
-# ----- The two losses. Differs: each is divided by one number, the response tokens of its whole batch; otherwise -----
-# ----- mu would mean nothing, and a micro-batch or a skipped row would change the gradient                       -----
+# --- The two losses ---
+# Differs: each is divided by one number, the response tokens of its whole batch; otherwise mu would mean
+# nothing, and a micro-batch or a skipped row would change the gradient.
 
 def sft_loss(logps, mask, tokens=None):
-    """Eq. 2: negative log-likelihood. logps, mask (B, T); tokens: what to divide by, if not mask's own count."""
+    """Eq. 2: negative log-likelihood. logps, mask (B, T); tokens: the divisor, if not mask's sum."""
     return -(logps * mask).sum() / (mask.sum() if tokens is None else tokens)
 
 def implicit_reward(logps, ref_logps, mask, beta=1.0):
@@ -220,12 +180,12 @@ def group_advantages(rewards):
     if (G := rewards.shape[1]) < 2:
         raise ValueError("group advantages need at least 2 samples of a prompt")
     centred = (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
-    # One scale for the batch: a prompt's own would weigh prompts anew, and the gradient not be mean success's.
+    # One scale for the batch: a prompt's own would weigh prompts anew: no longer mean success's gradient.
     scale = centred.std(correction=0).item()
     return (centred / scale, scale) if scale > 1e-6 else (torch.zeros_like(centred), 1.0)
 
 def gae(rewards, values, mask, gamma=1.0, lam=1.0):
-    """Generalised advantage estimation (Schulman et al. 2016): (B, T) each -> (advantages, returns), 0 off the mask.
+    """Generalised advantage estimation, (B, T) each -> (advantages, returns), 0 off the mask.
 
     The value after the last token is 0: a conversation is an episode, also when it was cut off."""
     # Below lam = 1 phi's error biases the RL gradient, and the step's own meta-gradient with it.
@@ -242,7 +202,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
 def value_function(model, lr=1e-3):
     """phi: last hidden state -> the value of a token's state; it has an Adam of its own."""
     width = model.get_input_embeddings().weight.shape[1]
-    phi = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 1)).to(model.device)
+    phi = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
+    phi = phi.to(model.device)
     phi.optimizer = torch.optim.Adam(phi.parameters(), lr=lr)
     return phi
 
@@ -254,11 +215,11 @@ def advantages_of(model, phi, rollouts, config):
     """The Advantages of a step's rollouts, as --reward and --advantage say; phi then learns their returns."""
     batch, mask = rollouts.batch, rollouts.batch.mask
     last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask  # the conversation's last token
-    rewards = rollouts.graded if config.reward == "graded" else rollouts.success.reshape(-1, 1) * last  # (B, T)
+    rewards = rollouts.graded if config.reward == "graded" else rollouts.success.reshape(-1, 1) * last
     if phi is None:
         values, scale = group_advantages(rewards.sum(1).view_as(rollouts.success))
         return Advantages(values.reshape(-1, 1) * mask, scale)
-    with torch.no_grad():  # no gradient to the features: phi learns beside theta, and theta moves by Eq. 3 alone
+    with torch.no_grad():  # phi learns beside theta on fixed features: theta moves by Eq. 3 alone
         states = torch.cat([outputs(model, batch.rows(rows), hidden=True)[1] for rows in micro(mask, config)])
     baseline = phi(states).squeeze(-1) * mask
     values, returns = gae(rewards, baseline.detach(), mask)
@@ -269,19 +230,19 @@ def advantages_of(model, phi, rollouts, config):
     scale = own.std(correction=0).item() + 1e-8
     return Advantages((values - own.mean()) / scale * mask, scale)
 
-# ----- Their gradients -----
+# --- Their gradients ---
 
 def micro(used, config):
-    """Indices of the rows of `used` (B, T) that are not all 0, --micro-batch at a time; others add exactly nothing."""
+    """Rows of `used` (B, T) that are not all 0, --micro-batch at a time; others add exactly nothing."""
     rows = (used != 0).any(1).nonzero().squeeze(1)
     return rows.split(config.micro_batch) if len(rows) else ()
 
-def gradient(model, loss):  # (N,); 0 for what the loss does not use, as the last layers of a vision tower
+def gradient(model, loss):  # (N,); 0 for what the loss does not use
     grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     return torch.cat([grad.reshape(-1) for grad in grads])
 
 def loss_gradient(model, batch, used, loss, config, temperature=1.0):
-    """(gradient (N,), logps (B, T), value) of a sum over the rows of `used`, loss(logps (b, T), rows (b,))."""
+    """(gradient (N,), logps (B, T), value) of the sum of loss(logps (b, T), rows (b,)) over the rows used."""
     grad, logps, total = torch.zeros_like(flatten(model)), torch.zeros_like(batch.mask), 0.0
     for rows in micro(used, config):
         logp = logps_of(model, batch.rows(rows), temperature)
@@ -290,7 +251,7 @@ def loss_gradient(model, batch, used, loss, config, temperature=1.0):
     return grad, logps, total
 
 def rl_gradient(model, batch, advantages, config, old_logps=None):
-    """Of L_RL. old_logps: None on the first update, when the policy is still the one that sampled the batch."""
+    """Of L_RL. old_logps: None on the first update, when the policy still is the one that sampled."""
     def loss(logp, rows, tokens=batch.mask.sum()):
         old = logp.detach() if old_logps is None else old_logps[rows]
         return ppo_loss(logp, old, advantages.values[rows], batch.mask[rows], config.clip, tokens)
@@ -302,7 +263,7 @@ def sft_gradient(model, batch, config, loss=lambda logps, mask, tokens, rows: sf
     grad, logps, _ = loss_gradient(model, batch, batch.mask, part, config)
     return grad, logps, sft_loss(logps, batch.mask).item()
 
-# ----- The step theta' = step(theta, g(mu), Adam's state), and its derivative in mu -----
+# --- The step theta' = step(theta, g(mu), Adam's state), and its derivative in mu ---
 
 class AdamState(NamedTuple):
     m: torch.Tensor  # (N,) first moment
@@ -315,17 +276,17 @@ def adamw_step(theta, grad, state, lr, max_norm=1.0, weight_decay=0.0, betas=(0.
     step = state.step + 1
     m = betas[0] * state.m + (1 - betas[0]) * grad
     v = betas[1] * state.v + (1 - betas[1]) * grad * grad
-    # A token that never occurs has v = 0, where d sqrt(v) = 0/0: keep it out of the root, its derivative is 0.
+    # A token that never occurs has v = 0, where d sqrt(v) = 0/0: keep it out; its derivative is 0.
     root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)
     update = (m / (1 - betas[0] ** step)) / (root / math.sqrt(1 - betas[1] ** step) + eps)
     return theta * (1 - lr * weight_decay) - lr * update, AdamState(m, v, step)
 
 def step_sensitivity(theta, g_rl, g_sft, mu, state, last=None, trace=0.0, **how):
-    """d (theta', m', v')/d mu, each (N,), of the step that is taken: exact through clipping, both moments and eps.
+    """d (theta', m', v')/d mu, each (N,), of the step that is taken: exact through clipping, moments and eps.
 
-    Differs from Eq. 5, which differentiates plain SGD; forward mode needs no more than the step itself. `last`, the
-    step before's, enters at the share trace: then mu was larger at all past steps, by trace^i at the i-th last one,
-    and what momentum has still to pay is counted (Xu et al. 2018; as there, without the gradients' Hessian)."""
+    Differs from Eq. 5, which differentiates plain SGD. `last`, the step before's, enters at the share trace:
+    mu was larger at past steps, by trace^i at the i-th last, and what momentum has still to pay is counted
+    (Xu et al. 2018; as there, without the gradients' Hessian). Forward mode needs only the step."""
     def step(mu, theta, m, v):
         theta, after = adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, AdamState(m, v, state.step), **how)
         return theta, after.m, after.v
@@ -333,12 +294,12 @@ def step_sensitivity(theta, g_rl, g_sft, mu, state, last=None, trace=0.0, **how)
     moved = [torch.zeros_like(theta) if last is None else trace * x for x in last or range(3)]
     return torch.func.jvp(step, (mu, theta, state.m, state.v), (torch.ones_like(mu), *moved))[1]
 
-# ----- The meta-gradient (Eqs. 4-5) and the controller (Eq. 6) -----
+# --- The meta-gradient (Eqs. 4-5) and the controller (Eq. 6) ---
 
 def meta_gradient(model, tangent, rollouts, config):
-    """dU/dmu = <grad U(theta'), d theta'/d mu> and its standard error, from fresh samples of the stepped policy.
+    """dU/dmu = <grad U(theta'), d theta'/d mu> and its standard error, from fresh samples of theta'.
 
-    tangent: d theta'/d mu (N,). grad U is the score-function gradient over a prompt's other samples' mean (unbiased);
+    tangent: d theta'/d mu (N,). grad U is the score-function gradient, its baseline a prompt's other samples;
     one backward pass a prompt, since prompts are the independent units of the error."""
     P, G = rollouts.success.shape
     advantages = (rollouts.success - rollouts.success.mean(1, keepdim=True)) * G / (G - 1)
@@ -350,78 +311,72 @@ def meta_gradient(model, tangent, rollouts, config):
     return slopes.mean().item(), slopes.std().item() / math.sqrt(P)
 
 def own_meta_gradient(g_rl, tangent, batch, scale):
-    """dU/dmu on a step's own prompts, -<grad L_RL, d theta/d mu> in units of reward, and its size as standard error.
+    """dU/dmu on a step's own prompts, -<grad L_RL, d theta/d mu> in units of reward; its size as its error.
 
-    Differs: the paper pays new samples for each estimate. The stepped policy sampled these, on prompts drawn after
-    the step. One number has no spread to tell its error from; its size is not too small on average (E[x^2] >= Var[x]),
-    and makes z in update_mu a self-normalised sum."""
+    Differs: the paper pays new samples for each estimate. theta' sampled these, on prompts drawn after its
+    step. One number has no spread; its size is not too small an error on average: E[x^2] >= Var[x]."""
     slope = -(g_rl @ tangent * batch.mask.sum() / len(batch.ids)).item() * scale
     return slope, abs(slope)
 
 def update_mu(mu, entropy, target_entropy, estimates, evidence, config, memory=0.98):
-    """Eq. 6: mu' = clip(mu + meta force + entropy force). Returns (mu', evidence', (meta force, entropy force)).
+    """Eq. 6: mu' = clip(mu + meta force + entropy force) -> (mu', evidence', (meta force, entropy force)).
 
-    estimates: new (dU/dmu, standard error), often none; evidence: (their sum so far, its variance), old ones fading."""
-    # Differs from the paper's text, which has the other sign: Eq. 6 lifts mu where the entropy is below its target.
+    estimates: new (dU/dmu, standard error); evidence: (their sum so far, its variance), old ones fading."""
+    # Differs from the paper's text, which has the other sign: Eq. 6 lifts mu where entropy is below H*.
     entropy_force, meta_force = config.eta_h * (target_entropy - entropy), 0.0
     estimates = [(slope, error) for slope, error in estimates if error > 0]  # 0: no group had a signal
     if estimates and config.controller == "paper":
         meta_force = config.eta_mu * sum(slope for slope, _ in estimates)
     elif estimates:
-        # Differs: dU/dmu is as small as alpha and mostly noise, so mu moves by eta_mu times its expected sign given
-        # the evidence, 2 Phi(z) - 1, z = sum / standard error: all of eta_mu if sure, next to nothing if not.
+        # Differs: dU/dmu is as small as alpha and mostly noise: mu moves by eta_mu times its expected sign,
+        # 2 Phi(z) - 1 with z = sum / standard error: all of eta_mu if sure, next to nothing if not.
         total = memory * evidence[0] + sum(slope for slope, _ in estimates)
         variance = memory ** 2 * evidence[1] + sum(error ** 2 for _, error in estimates)
         evidence, meta_force = (total, variance), config.eta_mu * math.erf(total / math.sqrt(2 * variance))
     mu = min(max(mu + meta_force + entropy_force, config.mu_min), config.mu_max)
     return mu, evidence, (meta_force, entropy_force)
 
-# ----- Methods: what chooses mu. A method's plain attributes are saved with the run -----
+# --- Methods: what chooses mu. A method's plain attributes are saved with the run ---
 
 CONTROLLER = "controller eta_mu eta_h mu_min mu_max utility meta_every trace".split()
 EXPLORATION = "prompts samples reward advantage clip ppo_epochs".split()
 
 class Method:
-    """What Algorithm 1 asks, of a step s by name; as it stands --method fixed: W steps of SFT, then one mu."""
+    """What Algorithm 1 asks, about a step s; as it stands, --method fixed: W steps of SFT, then one mu."""
     unused, defaults = CONTROLLER, {}  # flags that it does not read, flags that it sets differently
 
     def __init__(self, config):
         self.config = config
-
-    def explores(self, t):
+    def explores(self, t):  # does step t sample responses?
         return t > self.config.warmup
-
-    def imitates(self, t):
+    def imitates(self, t):  # does it use demonstrations?
         return True
-
     def prompts(self, s):  # indices of the training problems to sample
         return s.rng.sample(range(self.config.demos), self.config.prompts)
-
     def demonstrations(self, s):  # and of those to imitate
         return s.rng.sample(range(self.config.demos), self.config.sft_batch)
-
     def advantages(self, s):
         return advantages_of(s.model, s.phi, s.rollouts, self.config)
-
     def imitation_loss(self, s, logps, mask, tokens, rows):  # of rows (b,) of s.demos
-        # SFT is RL whose reward carries 1/pi: the unlikely dominates. The constant p removes it (arXiv 2508.05629).
+        # SFT is RL with a reward 1/pi: the unlikely rules. The constant p removes it (2508.05629).
         c = logps.detach().exp() if self.config.imitation == "rectified" else 1.0
         return sft_loss(c * logps, mask, tokens)
-
     def mu(self, s):  # once a step, when both gradients are known
         return self.config.mu if s.rollouts else 1.0
-
     def moved(self, s):  # at each update, before theta changes
         pass
 
 class SFT(Method):
-    unused = ["mu", "warmup", *EXPLORATION, *CONTROLLER]
-    explores = lambda self, t: False  # noqa: E731
+    unused, defaults = ["mu", "warmup", *EXPLORATION, *CONTROLLER], dict(warmup=0)
+    def explores(self, t):
+        return False
 
 class SFTThenRL(Method):
     unused = ["mu", *CONTROLLER]
-    imitates = lambda self, t: t <= self.config.warmup  # noqa: E731
-    mu = lambda self, s: 1.0 if s.demos else 0.0  # noqa: E731
+    def imitates(self, t):
+        return t <= self.config.warmup
+    def mu(self, s):
+        return 1.0 if s.demos else 0.0
 
 class RL(SFTThenRL):
     unused, defaults = ["mu", "warmup", "sft_batch", "imitation", *CONTROLLER], dict(warmup=0)
@@ -449,43 +404,44 @@ class AMFT(Method):
             s.sampled += len(seen.episodes)
             estimates.append(meta_gradient(s.model, self.tangents[0], seen, c))
             s.row.update(zip(("meta_grad", "meta_se"), estimates[-1]))
-        self.now, self.evidence, forces = update_mu(self.now, s.rollouts.entropy, self.target_entropy, estimates,
-                                                    self.evidence, c)
+        self.now, self.evidence, forces = update_mu(
+            self.now, s.rollouts.entropy, self.target_entropy, estimates, self.evidence, c)
         s.row.update(zip(("meta_force", "entropy_force"), forces), target_entropy=self.target_entropy)
         return self.now
 
     def moved(self, s):
         if s.rollouts and self.config.eta_mu:
-            # Earlier steps fade by trace; all updates of one step belong to its one mu.
-            fade = 1.0 if s.update else self.config.trace
-            self.tangents = step_sensitivity(s.theta, s.g_rl, s.g_sft, s.mu, s.adam, self.tangents, fade, lr=s.lr)
+            fade = 1.0 if s.update else self.config.trace  # all updates of one step belong to its one mu
+            self.tangents = step_sensitivity(
+                s.theta, s.g_rl, s.g_sft, s.mu, s.adam, self.tangents, fade, lr=s.lr)
 
 METHODS = {"amft": AMFT, "fixed": Method, "sft": SFT, "rl": RL, "sft-rl": SFTThenRL}
 
-# ----- Algorithm 1 -----
+# --- Algorithm 1 ---
 
 def train(config, method, task, model, tokenizer, run):
     """Algorithm 1, from where `run` stands to its end: the model then holds theta_T."""
     # Initialise theta, the value function phi, and (in the method) mu.
     torch.manual_seed(config.seed)
     phi = value_function(model) if config.advantage == "gae" else None
-    reference = flatten(model)  # pi_ref of the implicit reward: the policy before fine-tuning
-    theta, adam = run.restore(reference, phi, method)
+    theta, adam = run.restore(flatten(model), phi, method)
     vector_to_parameters(theta, model.parameters())
+    how = config.samples, config.max_new_tokens, config.temperature
     rng = random.Random(f"demos {config.seed}")
     problems = [task.sample("train", rng) for _ in range(config.demos)]
     if run.t == 0:
         run.report(0, model, tokenizer, task, config)
     for t in tqdm(range(run.t + 1, config.steps + 1), initial=run.t, total=config.steps, leave=False):
-        # Every step has its own seed, so that a resumed run repeats the unbroken one without saved generators.
+        # Every step has its own seed: a resumed run repeats the unbroken one.
         rng = random.Random(f"step {config.seed} {t}")
         torch.manual_seed(rng.getrandbits(62))
-        s = SimpleNamespace(t=t, rng=rng, lr=config.lr * (1 - (t - 1) / config.steps), theta=theta, adam=adam, phi=phi,
-                            model=model, tokenizer=tokenizer, task=task, rollouts=None, demos=None, sampled=0, row={})
-        # Imitation: a batch of demonstrations. Exploration: rollouts, their explicit reward, advantages. (Eq. 1)
+        s = SimpleNamespace(t=t, rng=rng, lr=config.lr * (1 - (t - 1) / config.steps), theta=theta, adam=adam,
+                            phi=phi, model=model, tokenizer=tokenizer, task=task, rollouts=None, demos=None,
+                            sampled=0, row={})
+        # Exploration: rollouts, their explicit reward, advantages. Imitation: a batch of demonstrations.
         if method.explores(t):
             episodes = [problems[i] for i in method.prompts(s)]
-            s.rollouts = rollout(model, tokenizer, episodes, config.samples, config.max_new_tokens, config.temperature)
+            s.rollouts = rollout(model, tokenizer, episodes, *how)
             s.advantages, s.sampled = method.advantages(s), len(s.rollouts.episodes)
         if method.imitates(t):
             s.demos = encode_demos(model, tokenizer, [problems[i] for i in method.demonstrations(s)])
@@ -494,44 +450,40 @@ def train(config, method, task, model, tokenizer, run):
             # Their two gradients. (Eqs. 1-2)
             s.g_rl = s.g_sft = torch.zeros_like(theta)
             if s.rollouts:
-                s.g_rl, logps, s.row["rl_loss"] = rl_gradient(model, s.rollouts.batch, s.advantages, config, old)
+                batch = s.rollouts.batch
+                s.g_rl, logps, s.row["rl_loss"] = rl_gradient(model, batch, s.advantages, config, old)
                 old = logps if old is None else old
             if s.demos:
                 loss = partial(method.imitation_loss, s)
-                s.g_sft, demo_logps, s.row["sft_loss"] = sft_gradient(model, s.demos, config, loss)
+                s.g_sft, _, s.row["sft_loss"] = sft_gradient(model, s.demos, config, loss)
             # Controller: mu, from the meta-gradient and the entropy. (Eqs. 4-6)
             s.mu = method.mu(s) if s.update == 0 else s.mu
-            # One step on the unified loss, and d theta'/d mu, with which the next meta-gradient is taken. (Eq. 3)
+            # One step on the unified loss, and d theta'/d mu for the next meta-gradient. (Eq. 3)
             g = (1 - s.mu) * s.g_rl + s.mu * s.g_sft
             method.moved(s)
             theta, adam = s.theta, s.adam = adamw_step(s.theta, g, s.adam, s.lr)
             vector_to_parameters(theta, model.parameters())
-        for name, grad in (("grad_norm", g), ("grad_norm_rl", s.g_rl), ("grad_norm_sft", s.g_sft)):
-            s.row[name] = grad.norm().item()
-        if s.demos:
-            with torch.no_grad():
-                vector_to_parameters(reference, model.parameters())
-                ref = torch.cat([logps_of(model, s.demos.rows(rows)) for rows in micro(s.demos.mask, config)])
-                vector_to_parameters(theta, model.parameters())
-            s.row["implicit_reward"] = implicit_reward(demo_logps, ref, s.demos.mask).mean().item()
+        s.row.update(grad_norm=g.norm().item(), grad_norm_rl=s.g_rl.norm().item(),
+                     grad_norm_sft=s.g_sft.norm().item())
         run.log_step(s)
         if config.val_every and t % config.val_every == 0 and t < config.steps:
             run.report(t, model, tokenizer, task, config, ["val"])
         if time.time() - run.clock > SAVE_SECONDS or t == config.steps:
             run.save(t, theta, adam, phi, method)
 
-# ----- Evaluation -----
+# --- Evaluation ---
 
-def evaluate(model, tokenizer, task, split, n=400, samples=4, temperature=1.0, max_new_tokens=40, batch_size=64):
-    """A row of the log, as `Task.measures` says, on always the same n episodes of a split, or all that there are."""
+@torch.no_grad()
+def evaluate(model, tokenizer, task, split, config, samples=4, at_once=64):
+    """A row of the log (see Task.measures), of always the same --eval-n episodes, or all there are."""
     torch.manual_seed(0)
-    episodes, sampled, greedy = task.episodes(split, n), [], []
-    for part in (episodes[start:start + batch_size] for start in range(0, len(episodes), batch_size)):
-        sampled += rollout(model, tokenizer, part, samples, max_new_tokens, temperature).episodes
-        greedy += rollout(model, tokenizer, part, 1, max_new_tokens, temperature=0).episodes
+    episodes, sampled, greedy = task.episodes(split, config.eval_n), [], []
+    for part in (episodes[start:start + at_once] for start in range(0, len(episodes), at_once)):
+        for k, T, played in (samples, config.temperature, sampled), (1, 0, greedy):
+            played += rollout(model, tokenizer, part, k, config.max_new_tokens, T).episodes
     return dict(split=split, n=len(episodes), samples=samples, **task.measures(sampled, greedy))
 
-# ----- A run's folder: metrics.jsonl (a JSON object a line), state.pt (what --resume reads), final/ (the policy) -----
+# --- A run's folder: metrics.jsonl (an object a line), state.pt (for --resume), final/ (the policy) ---
 
 SAVE_SECONDS = 30  # between states
 SHOWN = "mu", "meta_own", "meta_grad", "entropy", "sft_loss", "success", "zero_adv", "grad_norm"
@@ -542,7 +494,7 @@ class Run:
         self.t, self.rollouts, self.seconds, self.clock = 0, 0, 0.0, time.time()
         if config:
             if self.log.exists() or self.state.exists():
-                raise UserError(f"--out {folder}: already holds a run; --resume {folder} goes on with it")
+                raise ValueError(f"--out {folder}: already holds a run; --resume {folder} goes on with it")
             folder.mkdir(parents=True, exist_ok=True)
             self.write("config", **vars(config), torch=torch.__version__, threads=torch.get_num_threads())
 
@@ -555,24 +507,24 @@ class Run:
             rows = [json.loads(line) for line in self.log.read_text().split("\n")[:-1]]
             return [row for row in rows if row["kind"] == kind]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.log}: is not the log of a run ({error})")
+            raise ValueError(f"{self.log}: is not the log of a run ({error})")
 
     def save(self, t, theta, adam, phi, method):
-        """All that the next step depends on. Atomic: a run that is killed in here still has its last state."""
+        """All that the next step needs. Atomic: a run killed in here still has its last state."""
         self.seconds, self.clock = self.seconds + time.time() - self.clock, time.time()
-        state = dict(t=t, theta=theta, adam=tuple(adam), rollouts=self.rollouts, seconds=self.seconds,
-                     phi=phi and (phi.state_dict(), phi.optimizer.state_dict()), log=self.log.stat().st_size,
-                     method={**vars(method), "config": None})
-        torch.save(state, self.folder / "state.tmp")
+        torch.save(dict(
+            t=t, theta=theta, adam=tuple(adam), phi=phi and (phi.state_dict(), phi.optimizer.state_dict()),
+            method={**vars(method), "config": None}, log=self.log.stat().st_size, rollouts=self.rollouts,
+            seconds=self.seconds), self.folder / "state.tmp")
         os.replace(self.folder / "state.tmp", self.state)
 
     def restore(self, theta, phi, method):
-        """(theta, Adam's state) as saved, with phi, method and log as they were then; or those of a beginning."""
+        """(theta, Adam's state), phi, method and log as they were saved; or as they begin."""
         try:
-            state = torch.load(self.state, map_location=theta.device, weights_only=True) if self.state.exists() else None
-            if state is None:
+            if not self.state.exists():
                 os.truncate(self.log, len(self.log.open("rb").readline()))
                 return theta, AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
+            state = torch.load(self.state, map_location=theta.device, weights_only=True)
             if state["theta"].shape != theta.shape or state["log"] > self.log.stat().st_size:
                 raise ValueError("it belongs to another model or log")
             if phi:
@@ -582,108 +534,86 @@ class Run:
             self.t, self.rollouts, self.seconds = state["t"], state["rollouts"], state["seconds"]
             os.truncate(self.log, state["log"])
             return state["theta"], AdamState(*state["adam"])
-        except Exception as error:  # garbage, cut off, of another kind: each has its own
-            raise UserError(f"{self.state}: is not the state of this run ({str(error).strip()[:80]})")
+        except Exception as error:  # garbage, cut off: each has its own
+            raise ValueError(f"{self.state}: is not the state of this run ({str(error).strip()[:80]})")
 
     def log_step(self, s):
         row = dict(step=s.t, mu=s.mu, **s.row)
         if r := s.rollouts:
-            row.update(success=r.success.mean().item(), zero_adv=(r.success.std(1) == 0).float().mean().item(),
-                       entropy=r.entropy, response_len=r.batch.mask.sum(1).mean().item(), truncated=r.truncated)
+            row.update(success=r.success.mean().item(), entropy=r.entropy, truncated=r.truncated,
+                       zero_adv=(r.success.std(1) == 0).float().mean().item(),
+                       response_len=r.batch.mask.sum(1).mean().item())
         if bad := [name for name, value in row.items() if not math.isfinite(value)]:
-            raise UserError(f"step {s.t}: {', '.join(bad)} not finite; a lower --lr? {self.log} has the steps before")
+            raise ValueError(f"step {s.t}: {', '.join(bad)} not finite; a lower --lr?")
         self.rollouts += s.sampled
-        self.write("step", **row, rollouts=self.rollouts, seconds=round(self.seconds + time.time() - self.clock, 2))
+        seconds = round(self.seconds + time.time() - self.clock, 2)
+        self.write("step", **row, rollouts=self.rollouts, seconds=seconds)
         tqdm.write(f"{s.t:5d}" + "".join(f"  {key} {row[key]:.3f}" for key in SHOWN if key in row))
-        if r and s.t % 50 == 0:
-            tqdm.write(f"\n{r.episodes[0].prompt}{' | '.join(r.episodes[0].responses)}\n-> {r.episodes[0].history}\n")
 
     def report(self, t, model, tokenizer, task, config, splits=None):
-        how = config.eval_n, 4, config.temperature, config.max_new_tokens
         for split in tqdm(splits or task.splits, desc="evaluation", leave=False):
-            self.write("eval", step=t, whole=not splits, **evaluate(model, tokenizer, task, split, *how))
+            row = evaluate(model, tokenizer, task, split, config)
+            self.write("eval", step=t, whole=not splits, **row)
 
-# ----- Loading, command line -----
-
-def load_policy(config, task):
-    """(model, tokenizer) of a checkpoint folder or hub name, checked against the task."""
-    transformers.utils.logging.disable_progress_bar()
-    episode, here = task.sample("train", random.Random(0)), Path(__file__).resolve().parent
-    eyes = episode.image is not None
-    source = "base-vl" if eyes and config.model == "base" else config.model
-    source = here / source if (here / source / "config.json").exists() else source
-    try:
-        kind = AutoModelForImageTextToText if eyes else AutoModelForCausalLM
-        model, info = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        if info["missing_keys"] or info["mismatched_keys"] or not flatten(model).isfinite().all():
-            raise ValueError("weights are missing, or not finite")
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        check_tokenizer(tokenizer, episode, config.max_new_tokens)
-    except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own
-        raise UserError(f"--model {config.model}: not a {'vision-language ' * eyes}checkpoint for {config.task} "
-                        f"({(str(error).splitlines() or [type(error).__name__])[0][:120]})")
-    if eyes:  # a response may not hold the token that a picture stands for: no picture would come with it
-        token = torch.tensor([model.config.image_token_id], device=config.device)
-        model.get_output_embeddings().register_forward_hook(lambda _, __, out: out.index_fill(-1, token, -1e9))
-    return model.to(config.device).eval(), tokenizer
+# --- Command line ---
 
 def parse(argv, methods, config_class):
-    """(Config, folder of the run or None, is it new)."""
+    """(Config, folder of the run, is it new); folder None: only evaluate."""
     parser = argparse.ArgumentParser(
         prog=Path(sys.argv[0]).name, description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     source = "".join(inspect.getsource(c) for c in config_class.__mro__[:-1])
-    texts, fields = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M)), dataclasses.fields(config_class)
+    texts = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    fields = dataclasses.fields(config_class)
     for f in fields:
         def value(text, f=f, low=f.metadata["low"], high=f.metadata["high"]):
             if low is not None and not (low <= f.type(text) <= high and math.isfinite(f.type(text))):
-                raise argparse.ArgumentTypeError(f"{text}: must be finite, at least {low} and at most {high}")
+                raise argparse.ArgumentTypeError(f"{text}: must be finite, in [{low}, {high}]")
             return f.type(text)
         choices = tuple(methods) if f.name == "method" else f.metadata["choices"]
         parser.add_argument("--" + f.name.replace("_", "-"), type=value, choices=choices,
                             help=f"{texts[f.name]} (default: {f.default})")
-    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/TASK, numbered if taken)")
-    parser.add_argument("--resume", type=Path, help="go on with the run in this folder, with its own settings")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate --model on every split and stop")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/TASK)")
+    parser.add_argument("--resume", type=Path, help="go on with the run in this folder")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate --model and stop")
     parser.add_argument("--smoke", action="store_true", help="a very short run")
     given = vars(parser.parse_args(argv))
     if folder := given.get("resume"):
-        if len(given) > 1:
-            raise UserError("--resume goes alone: a run goes on with its own settings")
         rows = Run(folder).rows("config")
-        if not rows or Run(folder).rows("final"):
-            raise UserError(f"--resume {folder}: that run is finished, or never began")
-        given = parser.parse_args([f"--{f.name.replace('_', '-')}={rows[0].get(f.name)}" for f in fields])
-        return config_class(**vars(given)), folder, False
+        if len(given) > 1 or not rows or Run(folder).rows("final"):
+            raise ValueError(f"--resume {folder}: takes an unfinished run, and no other flag")
+        flags = (f"--{f.name.replace('_', '-')}={rows[0].get(f.name)}" for f in fields)
+        return config_class(**vars(parser.parse_args(flags))), folder, False
     cls, task = methods[given.get("method", "amft")], TASKS[given.get("task", "gp")]
-    evaluates = "task model data eval_n temperature max_new_tokens device smoke eval_only".split()
+    evaluates = "eval_only" in given
     for name in given:
-        if name in cls.unused or "eval_only" in given and name not in evaluates:
-            raise UserError(f"--{name.replace('_', '-')}: is not used by --method {cls.__name__} or --eval-only")
+        if name in cls.unused or evaluates and name not in EVALUATES:
+            raise ValueError(f"--{name.replace('_', '-')}: is not used by "
+                            + ("--eval-only" if evaluates else f"--method {given.get('method', 'amft')}"))
     paper = dict(utility="val", trace=0.0) if given.get("controller") == "paper" else {}
     settings = {**task.defaults, **(SMOKE if "smoke" in given else {}), **cls.defaults, **paper, **given}
     config = config_class(**{f.name: settings[f.name] for f in fields if f.name in settings})
     numbered = (Path(f"runs/{config.task}" + f"-{i}" * (i > 1)) for i in range(1, 10000))
     folder = given.get("out") or next(name for name in numbered if not name.exists())
-    return config, None if "eval_only" in given else folder, True
+    return config, None if evaluates else folder, True
 
 def check(config, method):
-    """Raise UserError, naming the flag and what would be right; settle on a device."""
-    def need(ok, name, right):
+    """Raise ValueError, which main prints as one line; settle on a device."""
+    if config.device == "auto":
+        here = torch.accelerator.current_accelerator(check_available=True)
+        config.device = here.type if here else "cpu"
+    low, high, most = config.mu_min, config.mu_max, max(config.prompts, config.sft_batch)
+    for ok, right in ((config.warmup <= config.steps, f"--warmup {config.warmup}: at most --steps"),
+                      (config.demos >= most, f"--demos {config.demos}: at least --prompts and --sft-batch"),
+                      (low <= high, f"--mu-min {low}: at most --mu-max, {high}"),
+                      ("mu_min" in method.unused or low <= config.mu <= high, f"--mu: in [{low}, {high}]"),
+                      (not config.data or config.task == "math", "--data: only with --task math")):
         if not ok:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be {right}")
-    need(config.warmup <= config.steps, "warmup", f"at most --steps, {config.steps}")
-    need(config.demos >= max(config.prompts, config.sft_batch), "demos", "at least --prompts and --sft-batch")
-    need(config.mu_min <= config.mu_max, "mu_min", f"at most --mu-max, {config.mu_max}")
-    need("mu_min" in method.unused or config.mu_min <= config.mu <= config.mu_max, "mu", "in [--mu-min, --mu-max]")
-    need(not config.data or config.task == "math", "data", "left out, but with --task math")
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    config.device = best if config.device == "auto" else config.device
+            raise ValueError(right)
     try:
         torch.zeros(1, device=config.device).cpu()
     except (RuntimeError, AssertionError) as error:
-        need(False, "device", f"one that is here ({str(error).splitlines()[0][:80]})")
+        raise ValueError(f"--device {config.device}: is not here ({str(error).splitlines()[0][:80]})")
 
 def main(argv=None, methods=METHODS, config_class=Config):
     run = None
@@ -693,8 +623,8 @@ def main(argv=None, methods=METHODS, config_class=Config):
         task = TASKS[config.task](**(dict(data=config.data) if config.data else {}))
         model, tokenizer = load_policy(config, task)
         if folder is None:
-            how = config.eval_n, 4, config.temperature, config.max_new_tokens
-            return print(table({config.model: [evaluate(model, tokenizer, task, split, *how) for split in task.splits]}))
+            rows = [evaluate(model, tokenizer, task, split, config) for split in task.splits]
+            return print(table({config.model: rows}))
         run = Run(folder, config if new else None)
         train(config, methods[config.method](config), task, model, tokenizer, run)
         run.report(config.steps, model, tokenizer, task, config)
@@ -703,12 +633,13 @@ def main(argv=None, methods=METHODS, config_class=Config):
         run.write("final", rollouts=run.rollouts, seconds=round(run.seconds, 1))
         rows = [row for row in run.rows("eval") if row["whole"]]
         print(table({f"step {t}": [row for row in rows if row["step"] == t] for t in (0, config.steps)}))
-        print(f"{config.steps} steps, {run.rollouts} responses, {run.seconds / 60:.1f} minutes; {folder} has log and policy")
-    except (UserError, OSError, ValueError, KeyboardInterrupt) as error:  # ValueError: --data
+        print(f"{run.rollouts} responses, {run.seconds / 60:.1f} minutes; log and policy are in {folder}")
+    except (OSError, ValueError, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError):  # | head: the interpreter's last flush must not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        stopped, go_on = isinstance(error, KeyboardInterrupt), f"; go on with --resume {run.folder}" if run else ""
-        print(f"{Path(sys.argv[0]).name}: {'stopped' if stopped else error}{go_on}", file=sys.stderr)
+        stopped, name = isinstance(error, KeyboardInterrupt), Path(sys.argv[0]).name
+        go_on = f"; go on with --resume {run.folder}" if run else ""
+        print(f"{name}: {'stopped' if stopped else error}{go_on}", file=sys.stderr)
         sys.exit(130 if stopped else 2)
 
 if __name__ == "__main__":

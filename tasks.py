@@ -20,11 +20,14 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations, combinations_with_replacement, product
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig,
+                          LogitsProcessor, logging)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The interface. A policy and an episode hold a conversation: prompt, response, observation, response, ...
@@ -602,6 +605,77 @@ def encode_demos(model, tokenizer, episodes):
     ids, attention = (torch.cat(sides, 1) for sides in zip(pad(prompts, tokenizer, model.device, "left"),
                                                            pad(rests, tokenizer, model.device)))
     return Batch(ids, attention, pad_sequence(masks, True), pixels)
+
+
+def inputs(ids, attention, pixels, start=0):
+    """What the model takes of the columns from `start` on; those before are in its cache."""
+    positions = (attention.cumsum(1) - 1).clamp(min=0)  # padding and holes take no position
+    pixels = [p for p in pixels if len(p)]
+    return dict(input_ids=ids[:, start:], attention_mask=attention, position_ids=positions[:, start:],
+                **(dict(pixel_values=torch.cat(pixels)) if pixels else {}))
+
+
+class Watcher(LogitsProcessor):
+    """Reads the entropy off the logits that generation computes anyway; has conversations that are done say EOS."""
+    def __init__(self, done, eos):
+        self.done, self.eos, self.columns = done, eos, []  # done (B,)
+
+    def __call__(self, ids, logits):
+        logp = logits.float().log_softmax(-1)
+        self.columns.append(-(logp.exp() * logp).sum(-1))
+        if self.done.any():
+            logits = logits.masked_fill(self.done.unsqueeze(1), -torch.inf)
+            logits[self.done, self.eos] = 0.0
+        return logits
+
+
+def generation(tokenizer, max_new_tokens, temperature):
+    """How generate speaks: pure sampling at a temperature, or greedily at 0."""
+    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
+    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+                            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, **sampling)
+
+
+def read(model, ids, attention, pixels, cache=None):
+    """The cache of all tokens but the last, from which generate goes on."""
+    known = cache.get_seq_length() if cache else 0
+    return model(**inputs(ids[:, :-1], attention[:, :-1], pixels, known), past_key_values=cache, use_cache=True,
+                 logits_to_keep=1).past_key_values
+
+
+def say(model, tokenizer, ids, attention, cache, done, how):
+    """A response of each conversation -> (ids (B, S'), which new ones count (B, n), sum of entropies, cut (B,))."""
+    watcher = Watcher(done, tokenizer.eos_token_id)
+    out = model.generate(ids, attention_mask=attention, past_key_values=cache, logits_processor=[watcher],
+                         generation_config=how)
+    # Finished before this token? Told by the EOS that came, never by ids == pad: pad may be EOS, or be sampled.
+    ended = (out[:, ids.shape[1]:] == tokenizer.eos_token_id).long()
+    own = ((ended.cumsum(1) - ended == 0) & ~done.unsqueeze(1)).float()
+    return out, own, (torch.stack(watcher.columns, 1) * own).sum().item(), ~done & ~ended.any(1)
+
+
+def load_policy(config, task):
+    """(model, tokenizer) of a checkpoint folder or hub name, checked against the task."""
+    logging.disable_progress_bar()
+    episode, here = task.sample("train", random.Random(0)), Path(__file__).resolve().parent
+    eyes = episode.image is not None
+    source = "base-vl" if eyes and config.model == "base" else config.model
+    source = here / source if (here / source / "config.json").exists() else source
+    try:
+        kind = AutoModelForImageTextToText if eyes else AutoModelForCausalLM
+        model, info = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if info["missing_keys"] or info["mismatched_keys"] or not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError("weights are missing, or not finite")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        check_tokenizer(tokenizer, episode, config.max_new_tokens)
+    except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own
+        text = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ValueError(f"--model {config.model}: not a {'vision-language ' * eyes}checkpoint for {config.task} ({text})")
+    if eyes:  # a response may not hold the token that a picture stands for: no picture would come with it
+        token = torch.tensor([model.config.image_token_id], device=config.device)
+        model.get_output_embeddings().register_forward_hook(lambda _, __, out: out.index_fill(-1, token, -1e9))
+    return model.to(config.device).eval(), tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------
