@@ -1,0 +1,126 @@
+"""The figure of the project: SFT, RL, SFT then RL, and AMFT, at one budget of responses. At most 20 minutes on two cores.
+
+    python compare/four.py                  # the runs (resumable), compare/recorded/four.jsonl, and four.png
+    python compare/four.py --seeds 1 2 3    # more seeds, the figure shows their means
+    python compare/four.py --draw           # the figure and the table from the recorded rows alone
+
+Every run: 300 steps, 19,200 responses in all (AMFT's samples on validation prompts included), 64 demonstrations a step
+where there are any. Learning rates are the best of those tried for each method (README.md says which).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import amft  # noqa: E402
+
+COMMON = "--task gp --steps 300 --val-every 75"
+SAMPLES = "--advantage group --prompts 8 --responses 19200"
+METHODS = {"SFT": "--method sft --lr 3e-4 --imitation rectified",
+           "RL": f"--method rl --lr 1e-4 {SAMPLES}",
+           "SFT then RL": f"--method sft-rl --warmup 150 --lr 3e-4 --imitation rectified {SAMPLES}",
+           "AMFT": f"--method amft --warmup 0 --lr 3e-4 --imitation rectified --utility val --eta-h 0.05 {SAMPLES}"}
+SPLITS = "id", "val", "heldout", "ood_rule"
+RECORDED = HERE / "recorded" / "four.jsonl"
+
+
+class Watched(amft.Run):
+    """A run whose evaluations under way are on four splits, not on val alone."""
+    def report(self, t, model, tokenizer, task, config, splits=None):
+        super().report(t, model, tokenizer, task, config, splits and SPLITS)
+
+
+def run(name, seed, folder):
+    out = folder / f"{name.replace(' ', '-')}-{seed}"
+    if (out / "final" / "config.json").exists():
+        return out
+    what = ["--resume", out] if (out / "metrics.jsonl").exists() else [*f"{COMMON} {METHODS[name]} --seed {seed}".split(), "--out", out]
+    subprocess.run([sys.executable, __file__, "--one", *map(str, what)], check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    print(f"done: {name}, seed {seed}", flush=True)
+    return out
+
+
+def record(runs):
+    """One line an evaluation, and one line every fifth step with its mu."""
+    with open(RECORDED, "w") as file:
+        for (name, seed), out in runs.items():
+            for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+                keys = dict(config=("lr", "advantage", "imitation", "utility", "eta_h", "warmup", "steps"),
+                            step=("step", "mu", "rollouts", "seconds"),
+                            eval=("step", "split", "n", "success", "low", "high", "any", "greedy")).get(row["kind"], ())
+                if keys and (row["kind"] != "step" or row["step"] % 5 == 0):
+                    file.write(json.dumps(dict(method=name, seed=seed, kind=row["kind"],
+                                               **{key: row[key] for key in keys if key in row})) + "\n")
+
+
+def table(rows):
+    """Sampled success in percent at the end, mean over seeds, with the range of the seeds."""
+    seeds = sorted({row["seed"] for row in rows})
+    lines = [f"| sampled success, %, seeds {', '.join(map(str, seeds))} | " + " | ".join(SPLITS) + " |", "|---" * 5 + "|"]
+    for name in ("base", *METHODS):
+        cells = []
+        for split in SPLITS:
+            values = [100 * row["success"] for row in rows if row["kind"] == "eval" and row["split"] == split
+                      and row["step"] == (0 if name == "base" else 300) and name in ("base", row["method"])]
+            spread = "" if name == "base" or len(values) < 2 else f" ({min(values):.0f}-{max(values):.0f})"
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+    titles = {"id": "training deals", "heldout": "unseen deals", "ood_rule": "unseen deals, another rule"}
+    for name, colour in zip(METHODS, ("tab:blue", "tab:orange", "tab:green", "black")):
+        for axis, split in zip(axes, titles):
+            at = {}
+            for row in rows:
+                if row["kind"] == "eval" and row["method"] == name and row["split"] == split:
+                    at.setdefault(row["step"], []).append(100 * row["success"])
+            axis.plot(sorted(at), [statistics.mean(at[t]) for t in sorted(at)], "o-", color=colour, label=name)
+        mu = {}
+        for row in rows:
+            if row["kind"] == "step" and row["method"] == name:
+                mu.setdefault(row["step"], []).append(row["mu"])
+        axes[3].plot(sorted(mu), [statistics.mean(mu[t]) for t in sorted(mu)], color=colour)
+    for axis, title in zip(axes, (*titles.values(), "mu: 1 is SFT, 0 is RL")):
+        axis.set(title=title, xlabel="step")
+    axes[0].set_ylabel("sampled success, %")
+    axes[0].legend()
+    figure.savefig(RECORDED.with_suffix(".png"), dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--folder", type=Path, default=Path("runs/four"))
+    parser.add_argument("--draw", action="store_true", help="from the recorded rows alone")
+    args = parser.parse_args()
+    if not args.draw:
+        tasks = [(name, seed) for seed in args.seeds for name in reversed(METHODS)]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            outs = list(pool.map(lambda task: run(*task, args.folder), tasks))
+        record(dict(zip(tasks, outs)))
+    rows = [json.loads(line) for line in RECORDED.read_text().splitlines()]
+    print(table(rows))
+    draw(rows)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        from compare import rivals
+        amft.Run = Watched
+        sys.exit(rivals.main(sys.argv[2:]))
+    main()
