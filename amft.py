@@ -10,7 +10,7 @@ controller learns their balance mu from what mu does to success on held-out prom
     (5)  dU/dmu       = <grad U(theta'), d theta'/d mu>
     (6)  mu          <- clip(mu + eta_mu dU/dmu + eta_H (H* - H(pi_theta)), mu_min, mu_max)
 
-Differs from the paper, marked where it happens:
+Differs from the paper:
     Eq. 5 goes through the step that is taken (clipping, AdamW, momentum), not through plain SGD
     Eq. 6 moves mu by dU/dmu's sign, as far as evidence makes it sure (--controller paper: to the letter)
     U also on the step's own training prompts, for the price of a dot product (--utility val: Eq. 4)
@@ -136,7 +136,7 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
         ids, own, nats, unfinished = say(model, tokenizer, ids, attention, cache, done, how)
         entropy, cut = entropy + nats, cut + unfinished.sum().item()
         points, shown = torch.zeros_like(own), [""] * len(played)
-        for row in (~done).nonzero().squeeze(1).tolist():  # the task grades, and answers
+        for row in (~done).nonzero().squeeze(1).tolist():  # the task answers
             said = ids[row, width:][own[row].bool()]
             text = tokenizer.decode(said[said != tokenizer.eos_token_id])
             shown[row], points[row, len(said) - 1], done[row] = played[row].step(text)
@@ -180,7 +180,7 @@ def group_advantages(rewards):
     if (G := rewards.shape[1]) < 2:
         raise ValueError("group advantages need at least 2 samples of a prompt")
     centred = (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
-    # One scale for the batch: a prompt's own would weigh prompts anew: no longer mean success's gradient.
+    # One scale for the batch: a prompt's own would weigh prompts anew.
     scale = centred.std(correction=0).item()
     return (centred / scale, scale) if scale > 1e-6 else (torch.zeros_like(centred), 1.0)
 
@@ -200,7 +200,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     return advantages, (advantages + values) * mask
 
 def value_function(model, lr=1e-3):
-    """phi: last hidden state -> the value of a token's state; it has an Adam of its own."""
+    """phi: last hidden state -> a token's value; it has its own Adam."""
     width = model.get_input_embeddings().weight.shape[1]
     phi = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
     phi = phi.to(model.device)
@@ -258,7 +258,7 @@ def rl_gradient(model, batch, advantages, config, old_logps=None):
     return loss_gradient(model, batch, advantages.values, loss, config, config.temperature)
 
 def sft_gradient(model, batch, config, loss=lambda logps, mask, tokens, rows: sft_loss(logps, mask, tokens)):
-    """Of L_SFT; its value is Eq. 2's, mean -log p of a token, whatever the loss."""
+    """Of L_SFT; its value is mean -log p, whatever the loss."""
     part = partial(lambda tokens, logp, rows: loss(logp, batch.mask[rows], tokens, rows), batch.mask.sum())
     grad, logps, _ = loss_gradient(model, batch, batch.mask, part, config)
     return grad, logps, sft_loss(logps, batch.mask).item()
@@ -311,7 +311,7 @@ def meta_gradient(model, tangent, rollouts, config):
     return slopes.mean().item(), slopes.std().item() / math.sqrt(P)
 
 def own_meta_gradient(g_rl, tangent, batch, scale):
-    """dU/dmu on a step's own prompts, -<grad L_RL, d theta/d mu> in units of reward; its size as its error.
+    """dU/dmu on a step's own prompts, -<grad L_RL, d theta/d mu> in units of reward; its size as error.
 
     Differs: the paper pays new samples for each estimate. theta' sampled these, on prompts drawn after its
     step. One number has no spread; its size is not too small an error on average: E[x^2] >= Var[x]."""
@@ -358,7 +358,7 @@ class Method:
     def advantages(self, s):
         return advantages_of(s.model, s.phi, s.rollouts, self.config)
     def imitation_loss(self, s, logps, mask, tokens, rows):  # of rows (b,) of s.demos
-        # SFT is RL with a reward 1/pi: the unlikely rules. The constant p removes it (2508.05629).
+        # SFT is RL with a reward of 1/pi; the constant p removes it (arXiv 2508.05629).
         c = logps.detach().exp() if self.config.imitation == "rectified" else 1.0
         return sft_loss(c * logps, mask, tokens)
     def mu(self, s):  # once a step, when both gradients are known
@@ -421,7 +421,7 @@ METHODS = {"amft": AMFT, "fixed": Method, "sft": SFT, "rl": RL, "sft-rl": SFTThe
 
 def train(config, method, task, model, tokenizer, run):
     """Algorithm 1, from where `run` stands to its end: the model then holds theta_T."""
-    # Initialise theta, the value function phi, and (in the method) mu.
+    # Initialise theta, phi, and (in the method) mu.
     torch.manual_seed(config.seed)
     phi = value_function(model) if config.advantage == "gae" else None
     theta, adam = run.restore(flatten(model), phi, method)
@@ -633,7 +633,7 @@ def main(argv=None, methods=METHODS, config_class=Config):
         run.write("final", rollouts=run.rollouts, seconds=round(run.seconds, 1))
         rows = [row for row in run.rows("eval") if row["whole"]]
         print(table({f"step {t}": [row for row in rows if row["step"] == t] for t in (0, config.steps)}))
-        print(f"{run.rollouts} responses, {run.seconds / 60:.1f} minutes; log and policy are in {folder}")
+        print(f"{run.rollouts} responses, {run.seconds / 60:.1f} minutes; see {folder}")
     except (OSError, ValueError, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError):  # | head: the interpreter's last flush must not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

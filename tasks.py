@@ -177,7 +177,7 @@ def interval(pairs, z=1.96):
     n = min(n, p * (1 - p) / variance) if variance > 0 else n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return p, min(p, centre - half), max(p, centre + half)
+    return p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
 def fields_of(response):
