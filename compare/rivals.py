@@ -37,7 +37,7 @@ class Config(amft.Config):
     def __post_init__(self):
         least = self.samples * (self.steps + self.prompts * looks(self, 1))
         if 0 < self.responses < least:
-            raise amft.UserError(f"--responses {self.responses}: must be 0 or at least {least}, a prompt at each "
+            raise ValueError(f"--responses {self.responses}: must be 0 or at least {least}, a prompt at each "
                                  "step and the controller's own")
 
 # ----- One loss or the other -----

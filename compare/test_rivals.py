@@ -252,6 +252,20 @@ def test_gates_and_union_advantages_on_every_number_of_correct_samples():
     assert demos[8] == 0 and demos[0] == demos.max()  # a soft gate of its own
 
 
+@pytest.mark.parametrize("method", ["sft", "dft", "chord", "luffy", "srft"])
+def test_coefficients_of_probable_and_improbable_tokens(method):
+    """-c(p) grad log p, by autograd through the loss as it is used, for p from 0.001 to 0.999; masked tokens: 0."""
+    p, A, H = torch.linspace(0.001, 0.999, 50).view(2, 25), torch.tensor([[1.5], [-0.5], [0.7]]), 0.3
+    c = {"sft": torch.ones_like(p), "dft": p, "chord": p * (1 - p), "luffy": A[1:] * 0.2 * p / (p + 0.2) ** 2,
+         "srft": 0.5 * math.exp(-H) + A[1:] * p}[method]
+    cls = rivals.METHODS[method]
+    config = rivals.Config(**{"method": method, "shape": 0.2, **cls.defaults})
+    s = SimpleNamespace(A=A.squeeze(1), rollouts=SimpleNamespace(entropy=H))
+    logps, mask = p.log().requires_grad_(), (torch.arange(25) > 2).float().expand(2, 25)
+    loss = cls(config).imitation_loss(s, logps, mask, torch.tensor(7.0), torch.tensor([1, 2]))
+    torch.testing.assert_close(torch.autograd.grad(loss, logps)[0], -c * mask / 7)
+
+
 # --- rules that remember ------------------------------------------------------------------------------------------
 
 
@@ -301,9 +315,9 @@ def test_gac_by_hand():
 
 
 def test_gac_follows_its_three_proxies():
-    method = rivals.METHODS["gac"](rivals.Config(method="gac", warmup=5, meta_every=5, eta_mu=1.0, memory=0.5))
+    method = rivals.METHODS["gac"](rivals.Config(method="gac", warmup=5, meta_every=5, eta_mu=1.0, memory=0.75))
     method.state = 0.5, [1.0, 3.0, 0.0]
-    A, nll = torch.tensor([2.0, 0.0, -2.0, 0.0]), torch.tensor([9.0, 1, 3, 1, 3, 1, 3, 1, 3, -9.0])
+    A, nll = torch.tensor([2.0, 0.0, -2.0, 1.0]), torch.tensor([9.0, 1, 3, 1, 3, 1, 3, 1, 3, -9.0])
     mask = torch.tensor([[1.0, 1, 0]] * 4)
     s = step(10, torch.zeros(1, 4), advantages=SimpleNamespace(values=A.unsqueeze(1) * mask))
     s.rollouts.batch = SimpleNamespace(mask=mask)
@@ -311,11 +325,13 @@ def test_gac_follows_its_three_proxies():
         logps = torch.stack([-nll[rows] - 1, -nll[rows] + 1, nll[rows]], 1)
         method.imitation_loss(s, logps, torch.tensor([[1.0, 1, 0]]).expand_as(logps), torch.tensor(20.0), rows)
     mu = method.mu(s)
-    # now: mean (1 - A)^2 = (1 + 1 + 9 + 1) / 4 = 3; variance of 1, 3 without the extremes = 1; variance of A = 2
-    assert method.state[1] == pytest.approx([2.0, 2.0, 1.0]) and mu == pytest.approx(((0.5 * 2 + 1) / 5 + 0.5) / 2)
+    # now: mean (1 - A)^2 = (1 + 1 + 9 + 0) / 4; variance of 1, 3 without the extremes = 1; variance of A = 9/4 - 1/16
+    gap, sft, rl = expected = [0.75 + 2.75 / 4, 0.75 * 3 + 1 / 4, 2.1875 / 4]
+    assert method.state[1] == pytest.approx(expected)
+    assert mu == pytest.approx(((0.5 * gap + rl) / (gap + sft + rl) + 0.5) / 2)
     s.t = 11
     s.advantages.values = s.advantages.values / 2
-    assert method.mu(s) == mu and method.state[1] != pytest.approx([2.0, 2.0, 1.0])  # between the K, these alone move
+    assert method.mu(s) == mu and method.state[1] != pytest.approx(expected)  # between the K, these alone move
     assert method.mu(step(3)) == 1  # the warm-up
 
 
@@ -324,7 +340,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(method, tiny, tmp_
     graded(monkeypatch, mixed)
     flags = ["--method", method, "--steps", "6", "--responses", "240", "--sft-batch", "3", "--meta-every", "2"]
     flags = flags[:-2] if method in ("sasr", "relift") else flags
-    flags += [] if method == "relift" else ["--warmup", "2"]
+    flags += {"relift": [], "sasr": ["--warmup", "2", "--sasr", "3"]}.get(method, ["--warmup", "2"])
     whole = run(tiny, tmp_path / "whole", *flags)
     assert 0 < whole[-1]["rollouts"] <= 240
     monkeypatch.setattr(amft, "SAVE_SECONDS", 0)
@@ -350,6 +366,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(method, tiny, tmp_
 def test_responses_are_shared_out_evenly(method, tiny, tmp_path, monkeypatch, unevaluated, capsys):
     graded(monkeypatch, mixed)
     flags = ["--method", method, "--steps", "7", "--responses", "222"]
+    flags += ["--ppo-epochs", "2"] if method in ("rl", "hpt") else []
     if method in ("sft", "dft"):
         with pytest.raises(SystemExit):
             run(tiny, tmp_path / "run", *flags)
