@@ -70,12 +70,12 @@ class Config:
     ppo_epochs: int = flag(1, 1)  # updates with each batch of samples
     # Imitation
     imitation: str = flag("nll", choices=("nll", "rectified"))  # Eq. 2; rectified: times each token's own p
-    demos: int = flag(20000, 1)  # training problems, one demonstration each
+    demos: int = flag(20000, 1)  # training problems, a demonstration each
     sft_batch: int = flag(64, 1)  # demonstrations in a step
     # The run
     steps: int = flag(100, 1)  # in all, the warm-up's included
     lr: float = flag(1e-4, 1e-12)  # alpha at the first step; it falls linearly to 0
-    task: str = flag("gp", choices=tuple(TASKS))  # what is learned
+    task: str = flag("gp", choices=tuple(TASKS))  # the task
     model: str = flag("base")  # checkpoint folder or hub name; base: the one here
     data: str = flag("")  # math: your problems, .jsonl: prompt, solution, answer
     eval_n: int = flag(400, 1)  # episodes of a split in an evaluation, at most
@@ -171,7 +171,7 @@ def implicit_reward(logps, ref_logps, mask, beta=1.0):
 
 def ppo_loss(logps, old_logps, advantages, mask, clip=0.2, tokens=None):
     """Eq. 1 by PPO-clip, token by token. All (B, T); tokens as in sft_loss."""
-    ratio = (logps - old_logps).exp()  # 1 on a batch's first update: then only the gradient says something
+    ratio = (logps - old_logps).exp()  # 1 on the first update: then only the gradient says something
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     return -(surrogate * mask).sum() / (mask.sum() if tokens is None else tokens)
 

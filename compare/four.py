@@ -4,7 +4,7 @@
     python compare/four.py --seeds 1 2 3    # more seeds, the figure shows their means
     python compare/four.py --draw           # the figure and the table from the recorded rows alone
 
-Every run: 300 steps, 19,200 responses in all (AMFT's samples on validation prompts included), 64 demonstrations a step
+Every run: 450 steps, 28,800 responses in all (AMFT's samples on validation prompts included), 64 demonstrations a step
 where there are any. Learning rates are the best of those tried for each method (README.md says which).
 """
 
@@ -21,12 +21,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import amft  # noqa: E402
 
-COMMON = "--task gp --steps 300 --val-every 75"
-SAMPLES = "--advantage group --prompts 8 --responses 19200"
+STEPS = 450
+COMMON = f"--task gp --steps {STEPS} --val-every 90"
+SAMPLES = "--advantage group --prompts 8 --responses 28800"
 METHODS = {"SFT": "--method sft --lr 3e-4 --imitation rectified",
            "RL": f"--method rl --lr 1e-4 {SAMPLES}",
-           "SFT then RL": f"--method sft-rl --warmup 150 --lr 3e-4 --imitation rectified {SAMPLES}",
-           "AMFT": f"--method amft --warmup 0 --lr 3e-4 --imitation rectified --utility val --eta-h 0.05 {SAMPLES}"}
+           "SFT then RL": f"--method sft-rl --warmup 225 --lr 3e-4 --imitation rectified {SAMPLES}",
+           "AMFT": f"--method amft --warmup 0 --lr 2e-4 --imitation rectified --utility val --eta-h 0.05 {SAMPLES}"}
 SPLITS = "id", "val", "heldout", "ood_rule"
 RECORDED = HERE / "recorded" / "four.jsonl"
 
@@ -69,7 +70,7 @@ def table(rows):
         cells = []
         for split in SPLITS:
             values = [100 * row["success"] for row in rows if row["kind"] == "eval" and row["split"] == split
-                      and row["step"] == (0 if name == "base" else 300) and name in ("base", row["method"])]
+                      and row["step"] == (0 if name == "base" else STEPS) and name in ("base", row["method"])]
             spread = "" if name == "base" or len(values) < 2 else f" ({min(values):.0f}-{max(values):.0f})"
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
