@@ -409,3 +409,14 @@ def test_each_rival_is_short_and_says_where_it_is_from():
     for cls in rivals.RIVALS.values():
         assert len(inspect.getsource(cls).strip().splitlines()) <= 15, cls
         assert "arXiv 25" in cls.__doc__ or "arXiv 26" in cls.__doc__
+
+
+def test_budgets_leave_a_prompt_for_each_later_step_and_the_controllers_own():
+    config = rivals.Config(method="amft", steps=9, warmup=3, meta_every=1)
+    assert [rivals.looks(config, t) for t in (1, 5, 9)] == [5, 5, 1]  # none at step 4: nothing has moved by mu yet
+    assert rivals.looks(dataclasses.replace(config, meta_every=2), 1) == 3  # steps 5, 7, 9
+    method = rivals.METHODS["relift"](rivals.Config(method="relift", steps=10, samples=2, responses=20, demos=64))
+    method.first, method.explored = 1, 1  # it explored at 1 of 7 steps so far: its share says all is for now
+    assert len(method.prompts(step(8))) == 8 and method.config.prompts == 32
+    method.config.responses = 1000
+    assert len(method.prompts(step(10))) == 64
