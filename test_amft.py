@@ -1224,7 +1224,7 @@ def test_bad_flags(tiny, tmp_path, capsys, untrained):
             (["--mu", "1"], "--mu"), (["--method", "gap"], "'gap'"), (["--warmup", "101"], "--warmup"),
             (["--lr", "0"], "--lr 0"), (["--steps", "many"], "'many'"), (["--demos", "3"], "--demos"),
             (["--max-new-tokens", "9"], "--max-new-tokens is 9"), (["--device", "quantum"], "--device quantum"),
-            (["--device", "meta"], "--device meta"), (["--data", "x.jsonl"], "--data x.jsonl"),
+            (["--device", "meta"], "--device meta"), (["--data", "x.jsonl"], "--data"),
             (["--seed", "18446744073709551616"], "--seed 18446744073709551616"), (["--seed", "-1"], "--seed -1"),
             (["--mu-min", "0.9", "--mu-max", "0.1"], "--mu-min 0.9"), (["--st", "5"], "--st"), (["gp"], "gp"),
             (["--task", "math", "--data", str(tmp_path / "none.jsonl")], "cannot be read"),
@@ -1651,12 +1651,12 @@ def test_every_token_is_sampled_from_the_policy_that_is_trained(name, monkeypatc
     """The entropy that sampling saw, with its cache and its holes, is that of training's logits, turn by turn."""
     task, model, tokenizer, config = shipped(name)
     rng, columns = random.Random(SEED), []
-    true = amft.Watcher.__call__
+    true = tasks.Watcher.__call__
 
     def watch(self, ids, logits):
         columns.append(torch.where(self.done, torch.nan, -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)))
         return true(self, ids, logits)
-    monkeypatch.setattr(amft.Watcher, "__call__", watch)
+    monkeypatch.setattr(tasks.Watcher, "__call__", watch)
     episodes = [task.sample("train", rng) for _ in range(4)]
     rollouts = amft.rollout(model, tokenizer, episodes, 2, config.max_new_tokens, 1.5)
     with torch.no_grad():
