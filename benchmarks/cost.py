@@ -3,10 +3,11 @@
     python benchmarks/cost.py                    # General Points, default sizes, on the CPU or the GPU that is there
     python benchmarks/cost.py --prompts 8 --steps 20 --methods fixed amft
 
-A method's seconds a step are those of its run (evaluations apart) divided by its steps; all methods have the same steps
-and responses. Quoted: the median over rounds, and the median over rounds of the ratio to `fixed` in the same round,
-which a noisy machine disturbs less. Memory: the highest resident size of the run's process less that of one which loads
-the policy and stops (on a GPU: what torch allocated at most).
+A method's seconds a step are those of its run (evaluations apart) divided by its steps; all methods have the same steps,
+and the samples and demonstrations that they themselves take of so many prompts. Quoted: the median over rounds, and the
+median over rounds of the ratio to `fixed` in the same round, which a noisy machine disturbs less. Memory: the highest
+resident size of the run's process less that of one which loads the policy and stops (on a GPU: what torch allocated at
+most).
 """
 
 import argparse
@@ -21,17 +22,18 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import amft  # noqa: E402
+from compare import rivals  # noqa: E402
 
 PROGRAM = """
 import resource, sys, torch, amft
-amft.Run.report = lambda *a, **k: {"val": 0.0}
-amft.Run.finish = lambda *a: None
+from compare import rivals
+amft.Run.report = lambda *_: None
 if sys.argv[1] == "load":
-    config = amft.parse_config(["--device", amft.resolve_device("auto")])
-    amft.load_policy(config, amft.make_task(config))
+    config = amft.Config()
+    amft.check(config, amft.AMFT)
+    amft.load_policy(config, amft.TASKS["gp"]())
 else:
-    amft.main(sys.argv[1:])
+    rivals.main(sys.argv[1:])
 gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 print("PEAK", gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, bool(gpu))
 """
@@ -46,7 +48,7 @@ def run(*argv):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=sorted(amft.METHODS), default=list(amft.METHODS))
+    parser.add_argument("--methods", nargs="+", choices=sorted(rivals.METHODS), default=list(rivals.METHODS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--advantage", default="group")
@@ -59,10 +61,11 @@ def main():
         for number in range(args.rounds):
             for name in tqdm(methods, desc=f"round {number + 1}", leave=False):
                 out = Path(folder) / f"{name}-{number}"
-                peaks[name], _ = run(
-                    "--task", "gp", "--method", name, "--steps", str(args.steps), "--warmup", "0", "--prompts",
-                    str(args.prompts), "--meta-prompts", str(args.prompts), "--sft-batch", str(2 * args.prompts),
-                    "--advantage", args.advantage, "--seed", str(number), "--sample-every", "1000", "--out", str(out))
+                flags = dict(steps=args.steps, warmup=0, prompts=args.prompts, sft_batch=2 * args.prompts,
+                             advantage=args.advantage, seed=number)
+                given = (f"--{flag.replace('_', '-')}={value}" for flag, value in flags.items()
+                         if flag not in rivals.METHODS[name].unused)  # what a method does not read is refused
+                peaks[name], _ = run("--task", "gp", "--method", name, "--out", str(out), *given)
                 rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
                 seconds[name].append([row for row in rows if row["kind"] == "step"][-1]["seconds"] / args.steps)
     print(f"| method | seconds a step | to fixed | peak memory, MiB{'' if gpu else ' above a loaded policy'} |\n"

@@ -1,18 +1,29 @@
-"""Break the code on purpose, one silent bug at a time, and see the named test fail.
+"""Break the code on purpose, one silent bug at a time, and see the named tests fail.
 
-    python benchmarks/mutants.py
+    python benchmarks/mutants.py                           # all, 20 minutes on a core
+    python benchmarks/mutants.py --only '*temperature*'    # rows whose printed line matches
 
-Each row: file, the text that is there, what the bug puts in its place, the test that must catch it. The bug is made in
-a copy of the project. A row whose text is no longer there, or whose test still passes, is reported and fails the run.
+Each row: file, the text that is there once, what the bug puts in its place, the tests that must catch it (pytest -k).
+The bugs are made one after the other in one copy of the project. A row whose text is no longer there, or whose tests
+still pass, is reported and fails the run; so do tests that fail without any bug, which count for nothing.
 """
 
+import argparse
+import fnmatch
+import importlib
+import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 240  # for the tests of a row
+TESTS = {"amft.py": "test_amft.py", "tasks.py": "test_amft.py", "base/make.py": "test_amft.py",
+         "compare/rivals.py": "compare/test_rivals.py"}
+FORGET = 'vars(method).update(state["method"], config=method.config)'
 MUTANTS = [
     # the step
     ("amft.py", "(torch.linalg.vector_norm(grad) + 1e-6)", "(grad.abs().max() + 1e-6)", "step_equals_torch"),
@@ -20,80 +31,151 @@ MUTANTS = [
     ("amft.py", "theta * (1 - lr * weight_decay)", "theta * (1 - weight_decay)", "step_equals_torch"),
     ("amft.py", "root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)", "root = v.sqrt()",
      "sensitivity_is_finite"),
-    # the meta-gradient
+    # the sensitivity
     ("amft.py", "(1 - mu) * g_rl + mu * g_sft, AdamState", "mu * g_rl + (1 - mu) * g_sft, AdamState", "finite_difference"),
     ("amft.py", "else trace * x for x in last", "else x for x in last", "with_a_trace"),
     ("amft.py", "AdamState(m, v, state.step), **how)", "AdamState(m, state.v, state.step), **how)", "with_a_trace"),
-    ("amft.py", "(logps_of(model, batch, temperature, theta) * batch.mask).sum(-1)",
-     "logps_of(model, batch, temperature, theta)[:, 0]", "finite_difference or per_sample"),
-    ("amft.py", "* G / (G - 1)", "", "unbiased"),
-    ("amft.py", "per_prompt.std().item() / math.sqrt(P)", "per_prompt.std().item() / math.sqrt(P * G)", "unbiased"),
-    ("amft.py", "* mask.sum() / len(mask)).item() * rollouts.scale", ").item() * rollouts.scale", "own_meta"),
-    ("amft.py", "len(mask)).item() * rollouts.scale", "len(mask)).item()", "own_meta"),
+    ("amft.py", "s.g_sft, s.mu, s.adam, self.tangents, fade", "s.g_sft, s.mu, s.adam, None, fade", "hang_together"),
+    ("amft.py", "s.g_sft, s.mu, s.adam, self", "s.g_sft, self.config.mu, s.adam, self", "hang_together"),
+    ("amft.py", "self.tangents, fade, lr=s.lr)", "self.tangents, fade, lr=self.config.lr)", "hang_together"),
+    ("amft.py", "self.tangents, fade, lr=s.lr)", "self.tangents, fade, lr=s.lr - self.config.lr / self.config.steps)",
+     "hang_together"),
+    ("amft.py", "(1 - (t - 1) / config.steps)", "(1 - t / config.steps)", "hang_together"),
+    ("amft.py", "fade = 1.0 if s.update else self.config.trace", "fade = self.config.trace", "fades_once"),
+    ("amft.py", "            method.moved(s)\n            theta, adam = s.theta, s.adam = adamw_step(s.theta, g, s.adam, s.lr)\n",
+     "            theta, adam = s.theta, s.adam = adamw_step(s.theta, g, s.adam, s.lr)\n            method.moved(s)\n",
+     "hang_together"),
+    # the meta-gradient
+    ("amft.py", "(logps_of(model, part, config.temperature) * part.mask).sum(1)",
+     "logps_of(model, part, config.temperature)[:, 0]", "slow_loop or unbiased"),
+    ("amft.py", "logps_of(model, part, config.temperature)", "logps_of(model, part)", "exactly_unbiased or slow_loop"),
+    ("amft.py", "rollouts.success.mean(1, keepdim=True)) * G / (G - 1)", "rollouts.success.mean(1, keepdim=True))",
+     "exactly_unbiased"),
+    ("amft.py", "(rollouts.success - rollouts.success.mean(1, keepdim=True)) * G / (G - 1)", "rollouts.success.clone()",
+     "meta_gradient_against_a_slow_loop"),
+    ("amft.py", "slopes.std().item() / math.sqrt(P)", "slopes.std().item() / math.sqrt(P * G)", "slow_loop or covers"),
+    ("amft.py", "g_rl @ tangent * batch.mask.sum() / len(batch.ids)", "g_rl @ tangent", "own_meta"),
+    ("amft.py", "len(batch.ids)).item() * scale", "len(batch.ids)).item()", "own_meta"),
     ("amft.py", "slope = -(g_rl", "slope = (g_rl", "own_meta"),
-    ("amft.py", "own_meta_gradient(g_rl, state.sensitivity[0]", "own_meta_gradient(g, state.sensitivity[0]", "own_meta or mu_follows"),
-    ("amft.py", "s.meta = (*s.meta, meta)", "s.meta = (meta,)", "mu_follows"),
-    ("amft.py", "config.gamma == config.lam == 1", "True", "bad_input"),
-    ("amft.py", "mu = self.rows(\"step\")[-1][\"mu\"]", "mu = state.mu", "the_budget"),
+    ("amft.py", "own_meta_gradient(s.g_rl, self", "own_meta_gradient(s.g_sft, self", "mu_follows"),
+    ("amft.py", "estimates.append(meta_gradient(s.model, self.tangents[0], seen, c))",
+     "estimates = [meta_gradient(s.model, self.tangents[0], seen, c)]", "mu_follows"),
+    ("amft.py", 's.task.sample("val", s.rng)', 's.task.sample("train", s.rng)', "target_entropy_is_measured"),
+    ("amft.py", "episodes, c.samples, c.max_new_tokens, c.temperature)", "episodes, c.samples, c.max_new_tokens)",
+     "target_entropy_is_measured"),
     # the controller
     ("amft.py", "(target_entropy - entropy)", "(entropy - target_entropy)", "hand_computed"),
-    ("amft.py", "residuals[unit] += hit - p", "residuals[len(residuals)] += hit - p", "clusters"),
-    ("amft.py", "config.evidence_decay ** 2 * evidence[1]", "config.evidence_decay * evidence[1]", "hand_computed"),
-    ("amft.py", "math.erf(total / math.sqrt(2 * variance))", "math.erf(total / math.sqrt(variance))", "hand_computed or calibrated"),
+    ("amft.py", "memory ** 2 * evidence[1]", "memory * evidence[1]", "hand_computed"),
+    ("amft.py", "math.erf(total / math.sqrt(2 * variance))", "math.erf(total / math.sqrt(variance))",
+     "hand_computed or calibrated"),
     ("amft.py", "max(mu + meta_force + entropy_force, config.mu_min)", "mu + meta_force + entropy_force", "hand_computed"),
+    ("amft.py", "config.eta_mu * sum(slope for slope, _ in estimates)", "math.copysign(config.eta_mu, estimates[0][0])",
+     "paper_controller or hand_computed"),
+    ("amft.py", "if self.target_entropy is None:", "if True:", "target_entropy_is_measured"),
+    ("amft.py", "return 1.0  # the warm-up", "return self.now", "budget or hang_together"),
+    ("amft.py", "s.mu = method.mu(s) if s.update == 0 else s.mu", "s.mu = method.mu(s)", "fades_once"),
     # losses and advantages
+    ("amft.py", "logits.log_softmax(-1).gather", "logits.softmax(-1).log().gather", "large_logits"),
     ("amft.py", "return -(logps * mask).sum()", "return -logps.sum()", "slow_loops"),
     ("amft.py", "torch.minimum(ratio * advantages", "torch.maximum(ratio * advantages", "slow_loops"),
     ("amft.py", "(ratio * advantages, ratio.clamp(1 - clip, 1 + clip)", "(ratio * advantages, ratio.clamp(1, 1 + clip)",
      "slow_loops"),
     ("amft.py", "return -(surrogate * mask)", "return (surrogate * mask)", "slow_loops"),
-    ("amft.py", "std(1, keepdim=True, correction=0)", "std(1, keepdim=True)", "by_hand"),
+    ("amft.py", "centred.std(correction=0)", "centred.std()", "by_hand"),
+    ("amft.py", "return (centred / scale, scale)", "return (centred / (centred.std(1, keepdim=True) + 1e-6), scale)",
+     "advantages_by_hand or own_meta"),
     ("amft.py", "delta + gamma * lam * running, running)", "delta + gamma * running, running)", "gae"),
-    ("amft.py", "torch.where(own, values[:, t], next_value)", "values[:, t] * own", "gae"),
+    ("amft.py", "gamma=1.0, lam=1.0)", "gamma=1.0, lam=0.95)", "gae or own_meta or graded_rewards"),
+    ("amft.py", "following = torch.where(own, values[:, t], following)", "following = values[:, t] * own", "gae"),
     ("amft.py", "beta * ((logps - ref_logps) * mask)", "beta * ((ref_logps - logps) * mask)", "slow_loops"),
-    ("amft.py", "gradient(model, sft_loss(weighted, part.mask, tokens))", "gradient(model, sft_loss(weighted, part.mask))",
-     "micro_batches or published"),
-    ("amft.py", "part.mask, config.clip, tokens)", "part.mask, config.clip)", "micro_batches"),
+    ("amft.py", "last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask", "last = mask",
+     "whole_conversations or graded_rewards"),
+    ("amft.py", 'rollouts.graded if config.reward == "graded" else rollouts.success', "rollouts.success", "graded_rewards"),
+    ("amft.py", "c = logps.detach().exp() if", "c = logps.exp() if", "loss_of_a_demonstration"),
+    ("amft.py", "loss(logp, batch.mask[rows], tokens, rows)", "loss(logp, batch.mask[rows], None, rows)",
+     "loss_of_a_demonstration or micro_batches"),
+    ("amft.py", "batch.mask[rows], config.clip, tokens)", "batch.mask[rows], config.clip)", "micro_batches or old_samples"),
+    ("amft.py", "advantages.values, loss, config, config.temperature)", "advantages.values, loss, config)",
+     "old_samples or own_meta_gradient_is_the_slope"),
+    ("amft.py", "old = logp.detach() if old_logps is None else old_logps[rows]", "old = logp.detach()", "old_samples"),
+    ("amft.py", "old = logps if old is None else old", "old = logps", "fades_once"),
     # the policy
     ("amft.py", "return out.logits[:, :-1] / temperature", "return out.logits[:, 1:] / temperature", "company"),
-    ("amft.py", "position_ids=positions(batch.attention),", "", "absolute_positions"),
-    ("amft.py", "+ [tokenizer.eos_token_id]\n", "\n", "company"),
-    ("amft.py", "now = ((ended.cumsum(1) - ended == 0) &", "now = ((ended.cumsum(1) == 0) &", "rollout_samples"),
+    ("amft.py", "return out.logits[:, :-1] / temperature", "return out.logits[:, :-1]", "temperature_of_log"),
+    ("tasks.py", "positions = (attention.cumsum(1) - 1).clamp(min=0)",
+     "positions = torch.arange(attention.shape[1], device=attention.device).expand_as(attention)", "absolute_positions"),
+    ("tasks.py", "attention_mask=attention, position_ids", "attention_mask=torch.ones_like(attention), position_ids", "company"),
+    ("tasks.py", "position_ids=positions[:, start:]", "position_ids=positions[:, :ids.shape[1] - start]", "sampled_from"),
+    ("tasks.py", "+ [tokenizer.eos_token_id]\n", "\n", "company"),
+    ("tasks.py", "own = ((ended.cumsum(1) - ended == 0) &", "own = ((ended.cumsum(1) == 0) &", "rollout_samples"),
+    ("tasks.py", "top_k=0, top_p=1.0", "top_k=50, top_p=1.0", "frequencies"),
+    ("tasks.py", "do_sample=True, temperature=temperature", "do_sample=True, temperature=1.0", "frequencies"),
+    ("tasks.py", "self.columns.append(-(logp.exp() * logp)", "self.columns.append((logp.exp() * logp)", "rollout_samples"),
+    ("tasks.py", "(torch.stack(watcher.columns, 1) * own).sum()", "torch.stack(watcher.columns, 1).sum()", "rollout_samples"),
     # conversations and pictures
-    ("amft.py", "attention_mask=attention[:, :-1], position_ids", "attention_mask=torch.ones_like(attention[:, :-1]), position_ids",
+    ("tasks.py", "model.generate(ids, attention_mask=attention,", "model.generate(ids, attention_mask=torch.ones_like(attention),",
      "rollout_samples or sampled_from"),
-    ("amft.py", "& ~done.unsqueeze(1)).float()", ").float()", "alone_and_in_company"),
+    ("tasks.py", "& ~done.unsqueeze(1)).float()", ").float()", "alone_and_in_company"),
     ("amft.py", "played = [copy.copy(episode) for", "played = [episode for", "alone_and_in_company or rollout_samples"),
-    ("amft.py", "position_ids=positions(attention)[:, new]", "position_ids=positions(attention[:, new])", "sampled_from"),
-    ("amft.py", "[float(turn.learn)] * len(said)", "[1.0] * len(said)", "demonstrations_teach"),
-    ("amft.py", "last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask", "last = mask", "whole_conversations"),
-    ("amft.py", "[self.pixels[i] for i in chosen if self.pixels]", "self.pixels", "alone_and_in_company"),
-    ("amft.py", "logits.index_fill(-1,", "logits if True else logits.index_fill(-1,", "cannot_say"),
-    ("amft.py", "attention_mask=batch.attention", "attention_mask=torch.ones_like(batch.attention)", "company"),
-    ("amft.py", "top_k=0, top_p=1.0", "top_k=50, top_p=1.0", "frequencies"),
-    ("amft.py", "self.columns.append(-(logp.exp() * logp)", "self.columns.append((logp.exp() * logp)", "rollout_samples"),
+    ("tasks.py", "[float(turn.learn)] * len(said)", "[1.0] * len(said)", "demonstrations_teach"),
+    ("tasks.py", "[self.pixels[i] for i in chosen]", "self.pixels", "alone_and_in_company"),
+    ("tasks.py", "out.index_fill(-1, token, -1e9)", "out", "cannot_say"),
     # the loop
-    ("amft.py", 'random.Random(f"step {config.seed} {step}")', "random.Random()", "same_seed"),
-    ("amft.py", "os.truncate(self.log, saved.pop(\"log_bytes\"))", "saved.pop(\"log_bytes\")", "killed"),
-    ("amft.py", "adam=AdamState(*saved[\"adam\"])", "adam=state.adam", "killed"),
-    ("amft.py", "g = w_rl * g_rl + w_sft * g_sft", "g = g_rl + w_sft * g_sft", "mu_one or published"),
-    ("amft.py", "left -= config.meta_prompts *", "left -= 0 *", "budget"),
-    # the rules
-    ("amft.py", "c(logp.detach().exp(), rows) * logp", "c(logp.exp(), rows) * logp", "published and (dft or chord)"),
-    ("amft.py", "c=lambda s, p, A: p * (1 - p)", "c=lambda s, p, A: p", "published and chord"),
-    ("amft.py", "(p + s.config.shape) ** 2", "(p + s.config.shape)", "published and luffy"),
-    ("amft.py", "0.5 * math.exp(-s.entropy)", "0.5 * math.exp(s.entropy)", "published and srft"),
-    ("amft.py", "c=lambda s, p, A: 1 / s.config.samples", "c=lambda s, p, A: 1.0", "published and dyme"),
-    ("amft.py", "s.correct <= s.config.gate", "s.correct < s.config.gate", "gates"),
-    ("amft.py", "success, torch.ones_like(success[:, :1])", "success, torch.zeros_like(success[:, :1])", "gates"),
-    ("amft.py", "(1 - mu).repeat_interleave", "(1 + 0 * mu).repeat_interleave", "published and hpt"),
-    ("amft.py", "tokens, weights = demos.mask.sum(), mu", "tokens, weights = None, mu", "published and hpt"),
-    ("amft.py", "s.rng.random() < last / (last + s.config.sasr * warm)", "s.rng.random() < warm / (last + s.config.sasr * warm)",
-     "sasr_by_hand"),
-    ("amft.py", "best = (0.5 * gap + noise_rl)", "best = (0.5 * gap + noise_sft)", "rules_for_one_mu"),
-    ("amft.py", "buffer[:0] = [problem", "buffer[len(buffer):] = [problem", "relift"),
-    ("amft.py", "if not math.isfinite(row.get(name) or 0.0)", "if False", "non_finite"),
-    # the task
+    ("amft.py", 'random.Random(f"step {config.seed} {t}")', "random.Random()", "same_seed"),
+    ("amft.py", "g = (1 - s.mu) * s.g_rl + s.mu * s.g_sft", "g = s.g_rl + s.mu * s.g_sft", "mu_one or gradient_of_its_loss"),
+    ("amft.py", "how = config.samples, config.max_new_tokens, config.temperature", "how = config.samples, config.max_new_tokens",
+     "target_entropy_is_measured"),
+    ("amft.py", "s.sampled += len(seen.episodes)", "s.sampled += 0", "budget or same_seed"),
+    ("amft.py", "(1, 0, greedy)", "(1, config.temperature, greedy)", "evaluation_reports"),
+    ("amft.py", "(samples, config.temperature, sampled)", "(samples, 0, sampled)", "evaluation_reports"),
+    ("amft.py", "if bad := [name for name, value in row.items() if not math.isfinite(value)]:", "if bad := []:", "non_finite"),
+    # a run that goes on
+    ("amft.py", FORGET, FORGET.replace('state["method"]', '{**state["method"], "tangents": None}'), "interrupted_run"),
+    ("amft.py", FORGET, FORGET.replace('state["method"]', '{**state["method"], "evidence": (0.0, 0.0)}'), "interrupted_run"),
+    ("amft.py", FORGET, FORGET.replace('state["method"]', '{**state["method"], "target_entropy": None}'), "interrupted_run"),
+    ("amft.py", FORGET, FORGET.replace('state["method"]', '{**state["method"], "now": method.now}'), "interrupted_run"),
+    ("amft.py", 'os.truncate(self.log, state["log"])', "None", "interrupted_run"),
+    ("amft.py", 'AdamState(*state["adam"])', "AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)", "interrupted_run"),
+    ("amft.py", 'phi.load_state_dict(state["phi"][0])', "None", "interrupted_run"),
+    ("amft.py", 'phi.optimizer.load_state_dict(state["phi"][1])', "None", "interrupted_run"),
+    ("amft.py", 'self.folder / "state.tmp")\n        os.replace(self.folder / "state.tmp", self.state)', "self.state)",
+     "older_than_its_last"),
+    # bad input
+    ("amft.py", " and math.isfinite(f.type(text))", "", "bad_flags"),
+    ("amft.py", "allow_nan=False", "allow_nan=True", "not_json"),
+    ("amft.py", ' or state["log"] > self.log.stat().st_size', "", "states_and_logs"),
+    ("tasks.py", 'info["missing_keys"] or info["mismatched_keys"] or', 'info["mismatched_keys"] or', "checkpoints_that_are"),
+    ("tasks.py", "not all(p.isfinite().all() for p in model.parameters())", "False", "checkpoints_that_are"),
+    # the rivals
+    ("compare/rivals.py", "amft.sft_loss(p * (1 - p) * logps", "amft.sft_loss(p * logps", "published and chord"),
+    ("compare/rivals.py", "p = logps.detach().exp()", "p = logps.exp()", "published and chord"),
+    ("compare/rivals.py", 'imitation="rectified"', 'imitation="nll"', "published and dft"),
+    ("compare/rivals.py", "* p / (p + self.config.shape)", "* p / (p.detach() + self.config.shape)", "published and luffy"),
+    ("compare/rivals.py", "1 / (self.config.samples + 1)", "1 / self.config.samples", "published and luffy"),
+    ("compare/rivals.py", "0.5 * math.exp(-s.rollouts.entropy)", "0.5 * math.exp(s.rollouts.entropy)", "published and srft"),
+    ("compare/rivals.py", "0.1 * math.exp(s.rollouts.entropy), -1.0)", "0.1 * math.exp(s.rollouts.entropy), 0.0)",
+     "published and srft"),
+    ("compare/rivals.py", "logps, mask, tokens, rows) / self.config.samples", "logps, mask, tokens, rows)", "published and dyme"),
+    ("compare/rivals.py", "<= self.config.gate", "< self.config.gate", "gates"),
+    ("compare/rivals.py", "(s.rollouts.success.sum(1) == 0)", "(s.rollouts.success.sum(1) <= 1)", "gates"),
+    ("compare/rivals.py", "success, torch.ones_like(success[:, :1])", "success, torch.zeros_like(success[:, :1])", "gates"),
+    ("compare/rivals.py", "share = (1 - s.weights) / (1", "share = 1 / (1", "weights_of_single or published and hpt"),
+    ("compare/rivals.py", "share = s.weights / s.weights.mean().clamp(min=1e-9)", "share = s.weights",
+     "weights_of_single or published and hpt"),
+    ("compare/rivals.py", "mask * share[rows].unsqueeze(1)", "mask * share[:len(rows)].unsqueeze(1)", "published and superrl"),
+    ("compare/rivals.py", "draw >= self.last /", "draw < self.last /", "sasr_by_hand"),
+    ("compare/rivals.py", "self.last if s.t <= max(self.config.warmup, 1) else self.warm", "self.last", "sasr_by_hand"),
+    ("compare/rivals.py", "if not one), *self.buffer)", "if one), *self.buffer)", "relift_buffers"),
+    ("compare/rivals.py", "self.buffer = self.buffer[self.config.sft_batch:]", "self.buffer = ()", "relift_buffers"),
+    ("compare/rivals.py", "(1 + math.cos(", "(1 - math.cos(", "cosine_by_hand"),
+    ("compare/rivals.py", "(s.t - 1) / max(self.config.steps - 1, 1)", "s.t / self.config.steps", "cosine_by_hand"),
+    ("compare/rivals.py", "best = (0.5 * gap + noise_rl)", "best = (0.5 * gap + noise_sft)", "gac_by_hand"),
+    ("compare/rivals.py", "len(s.nll) // 10", "0 * len(s.nll)", "three_proxies"),
+    ("compare/rivals.py", "c.memory * a + (1 - c.memory) * b", "b", "three_proxies"),
+    ("compare/rivals.py", "(s.t - c.warmup) % c.meta_every == 0", "True", "three_proxies"),
+    ("compare/rivals.py", "self.spent += 0 if s.update else s.sampled", "self.spent += 0", "shared_out"),
+    ("compare/rivals.py", " - c.prompts * looks(c, s.t)", "", "shared_out"),
+    # the tasks
     ("tasks.py", "if sorted(used) != sorted(self.numbers):", "if set(used) != set(self.numbers):", "hostile or bracketing"),
     ("tasks.py", "return outcome if outcome == \"no_answer\" or self.recognised(response) else \"wrong_cards\"", "return outcome",
      "pictures_hold"),
@@ -113,31 +195,80 @@ MUTANTS = [
     ("tasks.py", '"/": a / target', '"/": target * a', "brute_force"),
     ("tasks.py", 'if ROLES[tuple(sorted(numbers))] == chosen.role and', "if", "disjoint"),
     ("base/make.py", "if value == tasks.TARGET and", "if False and", "pretraining"),
+    ("tasks.py", "residuals[unit] += hit - p", "residuals[len(residuals)] += hit - p", "clusters"),
+    ("tasks.py", "object_pairs_hook=unique_keys, parse_constant=no_constant", "object_pairs_hook=unique_keys", "hostile"),
 ]
 
 
-def caught(file, old, new, test):
-    """True if the test fails on the mutant, and the mutant could be made."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "project"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "results", "runs", "*.pt", "__pycache__"))
-        text = (copy / file).read_text()
-        if old not in text:
-            return "text not found"
-        (copy / file).write_text(text.replace(old, new))
-        code = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", test],
-                              cwd=copy, capture_output=True).returncode
-        return {0: "SURVIVED", 1: "caught", 5: "no such test"}.get(code, f"pytest exit code {code}")
+def pytest_of(copy, *argv):
+    """(exit code or None after SECONDS, what it printed) of pytest in a fork, which has all imports but the project's."""
+    output = copy.parent / "output"
+    if (child := os.fork()) == 0:
+        os.setsid()
+        os.chdir(copy)
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        import pytest
+        code = 3
+        try:
+            code = int(pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(copy), *argv]))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    end = time.monotonic() + SECONDS * (1 if "-x" in argv else 10)
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > end:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return None, output.read_text()
+        time.sleep(0.05)
+    return os.waitstatus_to_exitcode(done[1]), output.read_text()
+
+
+def failing(output):
+    """Names of the tests in pytest's summary."""
+    return [line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
 
 
 def main():
-    bad = 0
-    for file, old, new, test in MUTANTS:
-        result = caught(file, old, new, test)
-        bad += result != "caught"
-        print(f"{result:15} {test:28} {file}: {' '.join(old.split())[:50]} -> {' '.join(new.split())[:50]}", flush=True)
-    print(f"{len(MUTANTS) - bad} of {len(MUTANTS)} silent bugs caught")
-    sys.exit(bool(bad))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="GLOB", default="*", help="rows whose line (file: text -> bug, tests) matches")
+    parser.add_argument("--no-baseline", action="store_true", help="trust that the tests pass without a bug")
+    arguments = parser.parse_args()
+    rows = [(file, old, new, test, " ".join(f"{file}: {old} -> {new}  [{test}]".split())) for file, old, new, test in MUTANTS]
+    rows = [row for row in rows if fnmatch.fnmatchcase(row[-1], arguments.only)]
+    sys.dont_write_bytecode = True  # two bugs of one size in one second would share their bytecode
+    os.environ.update(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+    for name in ("torch", "pytest", "numpy", "transformers.models.auto", "transformers.models.llama.modeling_llama",
+                 "transformers.models.gpt2.modeling_gpt2", "transformers.models.llava.modeling_llava",
+                 "transformers.generation.utils", "torch._dynamo", "safetensors.torch"):
+        importlib.import_module(name)
+    counts, unsound = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "results", "runs", "*.pt", "__pycache__"))
+        for tests in dict.fromkeys(TESTS[row[0]] for row in rows if not arguments.no_baseline):
+            used = " or ".join(dict.fromkeys(f"({row[3]})" for row in rows if TESTS[row[0]] == tests))
+            _, output = pytest_of(copy, tests, "-k", used, "-rfE")
+            unsound[tests] = failing(output)
+            print(f"{tests}: without a bug {output.strip().splitlines()[-1]}", *unsound[tests], sep="\n  ", flush=True)
+        for file, old, new, test, line in rows:
+            text, tests = (copy / file).read_text(), TESTS[file]
+            if text.count(old) != 1:
+                result = f"text there {text.count(old)} times"
+            else:
+                (copy / file).write_text(text.replace(old, new))
+                skip = [x for name in unsound.get(tests, ()) for x in ("--deselect", name)]
+                code, output = pytest_of(copy, tests, "-x", "-rfE", "-k", test, *skip)
+                (copy / file).write_text(text)
+                result = {0: "SURVIVED", 1: "caught", 5: "no such test", None: "timed out"}.get(code, f"exit code {code}")
+            counts[result] = counts.get(result, 0) + 1
+            by = failing(output)[:1] if result == "caught" else []
+            print(f"{result:15} {line}", *by, sep="  by ", flush=True)
+    caught = counts.get("caught", 0)
+    print(f"{caught} of {len(rows)} silent bugs caught; {counts}")
+    sys.exit(caught < len(rows) or any(unsound.values()))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch.nn.utils import vector_to_parameters
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
-from tasks import RULE_10, Deal, GeneralPoints  # noqa: E402
+from tasks import RULE_10, Deal, GeneralPoints, load_policy  # noqa: E402
 
 
 class Ours:
@@ -30,21 +30,22 @@ class Ours:
     def __init__(self, episodes, **settings):
         self.config = amft.Config(device="cpu", lr=0.0, **settings)
         self.task, self.rng, self.episodes = GeneralPoints(), random.Random(0), episodes
-        self.model, self.tokenizer = amft.load_policy(self.config, self.task)
-        theta = amft.flatten(self.model)
-        self.state = amft.State(theta, amft.AdamState(torch.zeros_like(theta), torch.ones_like(theta), 1), mu=0.0)
+        self.model, self.tokenizer = load_policy(self.config, self.task)
+        self.theta = amft.flatten(self.model)
+        self.adam = amft.AdamState(torch.zeros_like(self.theta), torch.ones_like(self.theta), 1)
         self.rewards = []
 
     def draw(self):
         return self.rng.sample(self.episodes, self.config.prompts)
 
     def rl_step(self):
-        rollouts = amft.explore(self.model, self.tokenizer, self.draw(), self.config)
+        c = self.config
+        rollouts = amft.rollout(self.model, self.tokenizer, self.draw(), c.samples, c.max_new_tokens, c.temperature)
         self.rewards.append(rollouts.success.mean().item())
-        amft.add_advantages(self.model, None, rollouts, self.config)
-        gradient = amft.rl_gradient(self.model, None, rollouts, self.config)[0]
-        self.state.theta, _ = amft.adamw_step(self.state.theta, gradient, self.state.adam, lr=0.0)
-        vector_to_parameters(self.state.theta, self.model.parameters())
+        advantages = amft.advantages_of(self.model, None, rollouts, c)
+        gradient = amft.rl_gradient(self.model, rollouts.batch, advantages, c)[0]
+        self.theta, _ = amft.adamw_step(self.theta, gradient, self.adam, lr=0.0)
+        vector_to_parameters(self.theta, self.model.parameters())
 
 
 def timed(function):
@@ -74,7 +75,7 @@ def against_trl(ours, steps):
         return values
 
     trl_seconds, our_seconds, trl_rewards = [], [], []
-    model, tokenizer = amft.load_policy(ours.config, ours.task)
+    model, tokenizer = load_policy(ours.config, ours.task)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder, use_cpu=True, bf16=False, learning_rate=0.0, max_steps=steps, beta=0.0, temperature=1.0,
@@ -107,6 +108,7 @@ def main():
     try:
         our_seconds, trl_seconds, trl_rewards = against_trl(ours, steps)
     except ImportError:
+        show("our RL-only step", [timed(ours.rl_step) for _ in range(steps)])
         sys.exit("no TRL here: pip install trl==1.16.0")
     ratio = show("TRL GRPOTrainer step", trl_seconds[1:]) / show("our RL-only step", our_seconds[1:])
     print(f"TRL seconds / ours: {ratio:.2f}")
