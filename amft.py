@@ -60,7 +60,7 @@ class Config:
     meta_every: int = flag(5, 1)  # K: steps between looks at validation prompts
     trace: float = flag(0.98, 0, 1)  # share of d theta/d mu that is carried on; 0: Eq. 5
     # Exploration
-    prompts: int = flag(32, 1)  # P: prompts in a step
+    prompts: int = flag(32, 2)  # P: prompts in a step
     samples: int = flag(8, 2)  # G: samples of a prompt
     temperature: float = flag(1.0, 0.01)  # of sampling and log-probabilities
     max_new_tokens: int = flag(40, 1)  # longest response
@@ -579,8 +579,8 @@ def parse(argv, methods, config_class):
     parser.add_argument("--smoke", action="store_true", help="a very short run")
     given = vars(parser.parse_args(argv))
     if folder := given.get("resume"):
-        rows = Run(folder).rows("config")
-        if len(given) > 1 or not rows or Run(folder).rows("final"):
+        run = Run(folder)
+        if len(given) > 1 or not (rows := run.rows("config")) or run.rows("final"):
             raise ValueError(f"--resume {folder}: takes an unfinished run, and no other flag")
         flags = (f"--{f.name.replace('_', '-')}={rows[0].get(f.name)}" for f in fields)
         return config_class(**vars(parser.parse_args(flags))), folder, False

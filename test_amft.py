@@ -44,6 +44,12 @@ slow = pytest.mark.skipif(not os.environ.get("AMFT_SLOW"), reason="takes longer:
 
 
 @pytest.fixture(autouse=True)
+def plain_defaults(monkeypatch):
+    """What is tested are Config's own defaults, whatever General Points sets differently for its default run."""
+    monkeypatch.setattr(tasks.GeneralPoints, "defaults", {})
+
+
+@pytest.fixture(autouse=True)
 def seeded(monkeypatch):
     torch.manual_seed(SEED)
     monkeypatch.setattr(sys, "argv", ["amft.py"])
@@ -1234,9 +1240,9 @@ def test_bad_flags(tiny, tmp_path, capsys, untrained):
             (["--method", "rl", "--sft-batch", "8"], "--sft-batch"), (["--method", "fixed", "--trace", "0"], "--trace"),
             (["--method", "sft", "--samples", "8"], "--samples"), (["--method", "sft-rl", "--mu", "0.5"], "--mu"),
             (["--eval-only", "--steps", "5"], "--steps"), (["--eval-only", "--method", "rl"], "--method"),
-            (["--resume", str(tmp_path), "--lr", "1"], "--resume goes alone"),
-            (["--resume", str(tmp_path), "--lr", "1e-4"], "--resume goes alone"),
-            (["--resume", str(tmp_path), "--eval-only"], "--resume goes alone")):
+            (["--resume", str(tmp_path), "--lr", "1"], "no other flag"),
+            (["--resume", str(tmp_path), "--lr", "1e-4"], "no other flag"),
+            (["--resume", str(tmp_path), "--eval-only"], "no other flag")):
         if not {"--resume", "--eval-only"} & set(argv):
             argv = [*argv, "--out", str(tmp_path / "unused")]
         error = fails(argv, capsys)
@@ -1695,12 +1701,12 @@ def test_rewards_and_gradients_of_whole_conversations(name):
     advantages = amft.advantages_of(model, None, seen, config)
     weights = seen.success - (seen.success.sum(1, keepdim=True) - seen.success) / 3
     weights = weights / weights.std(correction=0)
-    loss = 0.0
-    for row in range(16):
-        loss = loss - weights.flatten()[row] * alone(model, seen.batch, row, grad=True).sum() / seen.batch.mask.sum()
     config.micro_batch = 3
     grad = amft.rl_gradient(model, seen.batch, advantages, config)[0]
-    close(grad, flat_grad(loss, model), 5e-3)
+    rows = [flat_grad(-weights.flatten()[row] * alone(model, seen.batch, row, grad=True).sum() / seen.batch.mask.sum(), model)
+            for row in range(16)]
+    # Where a prompt's samples are all alike, theirs cancel: the error is judged by the largest row, not by what is left.
+    assert (grad - sum(rows)).norm() <= 5e-3 * max(row.norm() for row in rows) > 0
 
 
 def test_a_chat_model_gets_its_own_template_turn_by_turn(base, tokenizer):
