@@ -486,7 +486,9 @@ def test_sensitivity_fades_once_a_step_however_many_updates_it_has(tiny, tmp_pat
     """All updates of a step belong to its one mu: --trace 0 keeps them all and forgets the step before. And the old
     log-probabilities are those of the policy that sampled, at every update."""
     derivatives, grads = spied(monkeypatch, "step_sensitivity"), spied(monkeypatch, "rl_gradient")
+    moves = spied(monkeypatch, "update_mu")
     tiny_run(tiny, tmp_path / "run", "--ppo-epochs", "3", "--trace", "0", "--lr", "1e-2", "--utility", "train")
+    assert len(moves) == 6  # mu moves once a step
     assert [said["trace"] for said in derivatives] == [0, 1, 1] * 6
     assert all(said["last"] is derivatives[i - 1]["returns"] for i, said in enumerate(derivatives) if i)
     for i in range(0, 18, 3):
@@ -1528,6 +1530,7 @@ def test_grader_on_every_bracketing():
     (answer("9" * 50), "illegal_formula"), (answer("(" * 59), "illegal_formula"),
     (answer("1+" * 40000 + "1"), "no_answer"), (answer("(" * 100_000), "no_answer"), ("[" * 100_000, "no_answer"),
     ("[" * 999, "no_answer"), ("9" * 999, "no_answer"), ("", "no_answer"), ("null", "no_answer"), ("[1]", "no_answer"),
+    (answer("(1+2+3)*4", number=math.nan), "no_answer"), (answer("(1+2+3)*4", cards=[-math.inf]), "no_answer"),
     ("{}", "no_answer"), ('{"formula": 24}', "no_answer"), ('{"formula": ["24"]}', "no_answer"), ("NaN", "no_answer"),
     ('{"formula": "(1+2+3)*4", "formula": "(1+2+3)*4"}', "no_answer"), (answer("(1+2+3)*4") + "x", "no_answer"),
     (answer("(1+2+3)*4", cards=[], number="rubbish"), "correct"),
@@ -1675,6 +1678,19 @@ def test_every_token_is_sampled_from_the_policy_that_is_trained(name, monkeypatc
         own = rollouts.batch.mask[:, t].bool()
         column = next(c for c in seen if (~c[own].isnan()).all())
         torch.testing.assert_close(column[own], trained[own, t], rtol=1e-3, atol=3e-3)
+
+
+def test_entropy_is_that_of_the_policys_own_tokens(tiny, tokenizer):
+    """Not of what generation pads a finished response with."""
+    model = amft.load_policy(amft.Config(model=tiny, max_new_tokens=34, device="cpu"), tasks.GeneralPoints())[0]
+    rng = random.Random(SEED)
+    seen = amft.rollout(model, tokenizer, [tasks.GeneralPoints().sample("train", rng) for _ in range(4)], 8, 60)
+    lengths = seen.batch.mask.sum(1)
+    assert lengths.min() < lengths.max()
+    with torch.no_grad():
+        logp = amft.outputs(model, seen.batch)[0].log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    assert seen.entropy == pytest.approx((entropy * seen.batch.mask).sum().item() / lengths.sum().item(), rel=1e-4)
 
 
 def test_demonstrations_teach_what_is_right_and_show_what_went_wrong(base, tokenizer):

@@ -111,7 +111,7 @@ MUTANTS = [
     ("tasks.py", "top_k=0, top_p=1.0", "top_k=50, top_p=1.0", "frequencies"),
     ("tasks.py", "do_sample=True, temperature=temperature", "do_sample=True, temperature=1.0", "frequencies"),
     ("tasks.py", "self.columns.append(-(logp.exp() * logp)", "self.columns.append((logp.exp() * logp)", "rollout_samples"),
-    ("tasks.py", "(torch.stack(watcher.columns, 1) * own).sum()", "torch.stack(watcher.columns, 1).sum()", "rollout_samples"),
+    ("tasks.py", "(torch.stack(watcher.columns, 1) * own).sum()", "torch.stack(watcher.columns, 1).sum()", "entropy_is_that"),
     # conversations and pictures
     ("tasks.py", "model.generate(ids, attention_mask=attention,", "model.generate(ids, attention_mask=torch.ones_like(attention),",
      "rollout_samples or sampled_from"),
