@@ -147,8 +147,8 @@ MUTANTS = [
     ("tasks.py", 'info["missing_keys"] or info["mismatched_keys"] or', 'info["mismatched_keys"] or', "checkpoints_that_are"),
     ("tasks.py", "not all(p.isfinite().all() for p in model.parameters())", "False", "checkpoints_that_are"),
     # the rivals
-    ("compare/rivals.py", "amft.sft_loss(p * (1 - p) * logps", "amft.sft_loss(p * logps", "published and chord"),
-    ("compare/rivals.py", "p = logps.detach().exp()", "p = logps.exp()", "published and chord"),
+    ("compare/rivals.py", "amft.sft_loss(p * (1 - p) * logps", "amft.sft_loss(p * logps", "coefficients_of_probable"),
+    ("compare/rivals.py", "p = logps.detach().exp()", "p = logps.exp()", "coefficients_of_probable"),
     ("compare/rivals.py", 'imitation="rectified"', 'imitation="nll"', "published and dft"),
     ("compare/rivals.py", "* p / (p + self.config.shape)", "* p / (p.detach() + self.config.shape)", "published and luffy"),
     ("compare/rivals.py", "1 / (self.config.samples + 1)", "1 / self.config.samples", "published and luffy"),
