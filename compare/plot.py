@@ -31,7 +31,7 @@ def plot_run(folder):
     figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
 
     def curve(axis, key, label=None, total=False, **style):
-        points = [(row["step"], row[key]) for row in steps if row[key] is not None]
+        points = [(row["step"], row[key]) for row in steps if row.get(key) is not None]
         if points:
             x, y = zip(*points)
             axis.plot(x, list(accumulate(y)) if total else y, label=label or key, **style)
