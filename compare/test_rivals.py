@@ -26,6 +26,12 @@ NO_WARMUP = OWN_PROMPTS | {"sft", "dft", "rl", "relift", "cosine", "chord"}
 
 
 @pytest.fixture(autouse=True)
+def plain_defaults(monkeypatch):
+    """Config's own defaults, whatever General Points sets differently for its default run."""
+    monkeypatch.setattr(tasks.GeneralPoints, "defaults", {})
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 
