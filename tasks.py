@@ -1,6 +1,8 @@
 """The paper's benchmarks, generated from seeds: General Points (gp, gp-vl), V-IRL (virl, virl-vl), mathematics (math).
 
 Read `Episode` and `Task` first: they are all that `amft.py` knows of a task, and a sixth one is a subclass of each.
+After General Points stands what lies between a conversation and a model: texts as token ids, pictures as pixels, how a
+checkpoint is loaded, and how it says one turn. Then V-IRL, mathematics, and the pictures.
 General Points and V-IRL were first defined in "SFT Memorizes, RL Generalizes" (Chu et al. 2025, arXiv 2501.17161,
 appendices A and B), whose shifts of rule and of look are the out-of-distribution questions of AMFT's experiments.
 
