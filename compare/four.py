@@ -1,6 +1,6 @@
 """The figure of the project: SFT, RL, SFT then RL, and AMFT, at one budget of responses. At most 20 minutes on two cores.
 
-    python compare/four.py                  # the runs (resumable), compare/recorded/four.jsonl, and four.png
+    python compare/four.py                  # the runs (resumable), compare/figure/four.jsonl, and four.png
     python compare/four.py --seeds 1 2 3    # more seeds, the figure shows their means
     python compare/four.py --draw           # the figure and the table from the recorded rows alone
 
@@ -29,7 +29,7 @@ METHODS = {"SFT": "--method sft --lr 3e-4 --imitation rectified",
            "SFT then RL": f"--method sft-rl --warmup 225 --lr 3e-4 --imitation rectified {SAMPLES}",
            "AMFT": f"--method amft --warmup 0 --lr 2e-4 --imitation rectified --utility val --eta-h 0.05 {SAMPLES}"}
 SPLITS = "id", "val", "heldout", "ood_rule"
-RECORDED = HERE / "recorded" / "four.jsonl"
+RECORDED = HERE / "figure" / "four.jsonl"
 
 
 class Watched(amft.Run):
@@ -63,16 +63,19 @@ def record(runs):
 
 
 def table(rows):
-    """Sampled success in percent at the end, mean over seeds, with the range of the seeds."""
+    """Sampled success in percent at the end: with its interval over deals for one seed, with the seeds' range for more."""
     seeds = sorted({row["seed"] for row in rows})
-    lines = [f"| sampled success, %, seeds {', '.join(map(str, seeds))} | " + " | ".join(SPLITS) + " |", "|---" * 5 + "|"]
+    lines = [f"| success of samples at the end, %, seeds: {', '.join(map(str, seeds))} | " + " | ".join(SPLITS) + " |",
+             "|---" * (len(SPLITS) + 1) + "|"]
     for name in ("base", *METHODS):
         cells = []
         for split in SPLITS:
-            values = [100 * row["success"] for row in rows if row["kind"] == "eval" and row["split"] == split
-                      and row["step"] == (0 if name == "base" else STEPS) and name in ("base", row["method"])]
-            spread = "" if name == "base" or len(values) < 2 else f" ({min(values):.0f}-{max(values):.0f})"
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
+            found = [row for row in rows if row["kind"] == "eval" and row["split"] == split and name in ("base", row["method"])
+                     and row["step"] == (0 if name == "base" else STEPS)]
+            values = [100 * row["success"] for row in found]
+            low, high = (100 * found[0]["low"], 100 * found[0]["high"]) if len(seeds) == 1 or name == "base" else (
+                min(values), max(values))
+            cells.append(f"{statistics.mean(values):.1f} [{low:.0f}, {high:.0f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

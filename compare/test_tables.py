@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare import logs, matrix, tables  # noqa: E402
+from compare import four, logs, matrix, tables  # noqa: E402
 
 STUDIES = sorted(path.stem for path in logs.RECORDED.glob("*.jsonl"))
 
@@ -19,6 +19,11 @@ STUDIES = sorted(path.stem for path in logs.RECORDED.glob("*.jsonl"))
 @pytest.mark.parametrize("study", STUDIES)
 def test_recorded_tables_are_made_from_the_recorded_rows_alone(study):
     assert tables.text(study) == (logs.RECORDED / f"{study}.md").read_text()
+
+
+def test_the_readme_prints_the_recorded_table():
+    rows = [json.loads(line) for line in four.RECORDED.read_text().splitlines()]
+    assert four.table(rows) in (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------
