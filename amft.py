@@ -12,10 +12,11 @@ controller learns their balance mu from what mu does to success on held-out prom
 
 Differs from the paper:
     Eq. 5 goes through the step that is taken (clipping, AdamW, momentum), not through plain SGD
-    Eq. 6 moves mu by dU/dmu's sign, as far as evidence makes it sure (--controller paper: to the letter)
-    U also on the step's own training prompts, for the price of a dot product (--utility val: Eq. 4)
-    Eq. 6's sign of the entropy; the paper's text has the other one (--eta-h below 0)
+    Eq. 6 moves mu by dU/dmu's sign, as far as it is sure (--controller paper: to the letter)
+    U can also be of the step's own prompts, for a dot product (--utility val: Eq. 4)
+    the entropy's sign is Eq. 6's; the paper's text has the other one (--eta-h below 0)
     both losses are divided by their batch's response tokens; the paper states no normalisation
+    General Points' defaults: no warm-up, --advantage group, --imitation rectified (the paper: W, gae, nll)
 
     python amft.py --task gp                    # Algorithm 1 on General Points, minutes on a CPU
     python amft.py --task gp --smoke            # the same path in under a minute
@@ -27,7 +28,7 @@ Shapes: P prompts, G samples of each, B = P * G conversations, S tokens of the w
 V vocabulary, D width, N parameters. theta, gradients and Adam's moments are flat (N,).
 """
 
-import argparse, copy, dataclasses, inspect, json, math, os, random, re, sys, time  # noqa: E401
+import argparse, copy, dataclasses, inspect, io, json, math, os, random, re, sys, time  # noqa: E401
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ class Config:
     # The mixture
     method: str = flag("amft")  # what chooses mu
     mu: float = flag(0.5, 0, 1)  # mu of fixed, and where amft starts
-    warmup: int = flag(10, 0)  # W: the first steps, SFT alone
+    warmup: int = flag(10, 0)  # W: the first steps, SFT alone; of sft-rl 0: half
     # The controller
     controller: str = flag("evidence", choices=("evidence", "paper"))  # paper: Eq. 6, trace 0, U on val
     eta_mu: float = flag(0.05, 0)  # most that a step moves mu; paper: its rate; 0: no meta-gradient
@@ -78,9 +79,9 @@ class Config:
     task: str = flag("gp", choices=tuple(TASKS))  # the task
     model: str = flag("base")  # checkpoint folder or hub name; base: the one here
     data: str = flag("")  # math: your problems, .jsonl: prompt, solution, answer
-    eval_n: int = flag(400, 1)  # episodes of a split in an evaluation, at most
+    eval_n: int = flag(400, 1)  # episodes of a split, at most
     val_every: int = flag(0, 0)  # steps between evaluations on val; 0: none
-    seed: int = flag(0, 0, 2 ** 62)  # of everything random; same seed, same CPU: same log
+    seed: int = flag(0, 0, 2 ** 62)  # same seed, same CPU: same log
     device: str = flag("auto")  # auto: the first of cuda, mps, cpu that is there
     micro_batch: int = flag(256, 1)  # sequences in a pass: memory only
 
@@ -119,7 +120,7 @@ class Rollouts(NamedTuple):  # G conversations with each of P episodes, a prompt
 
 @torch.no_grad()
 def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperature=1.0):
-    """-> Rollouts: G = `samples` conversations with each of P episodes; temperature 0 is greedy."""
+    """G = `samples` conversations with each of P episodes; temperature 0 is greedy."""
     device, how = model.device, generation(tokenizer, max_new_tokens, temperature)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     ids, attention, pixels = show(model, tokenizer, episodes, [e.prompt for e in episodes], first=True)
@@ -161,26 +162,26 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
 # Differs: each is divided by one number, the response tokens of its whole batch; otherwise mu would mean
 # nothing, and a micro-batch or a skipped row would change the gradient.
 
+def ppo_loss(logps, old_logps, advantages, mask, clip=0.2, tokens=None):
+    """Eq. 1 by PPO-clip, token by token. All (B, T); tokens: the divisor, if not mask's sum."""
+    ratio = (logps - old_logps).exp()  # 1 on the first update, but not its gradient
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -(surrogate * mask).sum() / (mask.sum() if tokens is None else tokens)
+
 def sft_loss(logps, mask, tokens=None):
-    """Eq. 2: negative log-likelihood. logps, mask (B, T); tokens: the divisor, if not mask's sum."""
+    """Eq. 2: negative log-likelihood. logps, mask (B, T); tokens as in ppo_loss."""
     return -(logps * mask).sum() / (mask.sum() if tokens is None else tokens)
 
 def implicit_reward(logps, ref_logps, mask, beta=1.0):
     """beta log(pi(y|x) / pi_ref(y|x)): the reward that SFT implies (section 3.2). (B, T) -> (B,)"""
     return beta * ((logps - ref_logps) * mask).sum(-1)
 
-def ppo_loss(logps, old_logps, advantages, mask, clip=0.2, tokens=None):
-    """Eq. 1 by PPO-clip, token by token. All (B, T); tokens as in sft_loss."""
-    ratio = (logps - old_logps).exp()  # 1 on the first update: then only the gradient says something
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    return -(surrogate * mask).sum() / (mask.sum() if tokens is None else tokens)
-
 def group_advantages(rewards):
     """((r - mean of the prompt's other samples) / scale, scale). rewards (P, G) -> (P, G), float."""
     if (G := rewards.shape[1]) < 2:
-        raise ValueError("group advantages need at least 2 samples of a prompt")
+        raise ValueError("group advantages need 2 samples of a prompt")
     centred = (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
-    # One scale for the batch: a prompt's own would weigh prompts anew.
+    # One scale for all: a prompt's own would weigh prompts anew.
     scale = centred.std(correction=0).item()
     return (centred / scale, scale) if scale > 1e-6 else (torch.zeros_like(centred), 1.0)
 
@@ -200,7 +201,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
     return advantages, (advantages + values) * mask
 
 def value_function(model, lr=1e-3):
-    """phi: last hidden state -> a token's value; it has its own Adam."""
+    """phi: last hidden state -> a token's value."""
     width = model.get_input_embeddings().weight.shape[1]
     phi = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
     phi = phi.to(model.device)
@@ -242,7 +243,7 @@ def gradient(model, loss):  # (N,); 0 for what the loss does not use
     return torch.cat([grad.reshape(-1) for grad in grads])
 
 def loss_gradient(model, batch, used, loss, config, temperature=1.0):
-    """(gradient (N,), logps (B, T), value) of the sum of loss(logps (b, T), rows (b,)) over the rows used."""
+    """(gradient (N,), logps (B, T), value) of loss(logps (b, T), rows (b,)), summed over the rows used."""
     grad, logps, total = torch.zeros_like(flatten(model)), torch.zeros_like(batch.mask), 0.0
     for rows in micro(used, config):
         logp = logps_of(model, batch.rows(rows), temperature)
@@ -252,15 +253,18 @@ def loss_gradient(model, batch, used, loss, config, temperature=1.0):
 
 def rl_gradient(model, batch, advantages, config, old_logps=None):
     """Of L_RL. old_logps: None on the first update, when the policy still is the one that sampled."""
-    def loss(logp, rows, tokens=batch.mask.sum()):
+    tokens = batch.mask.sum()
+    def loss(logp, rows):
         old = logp.detach() if old_logps is None else old_logps[rows]
         return ppo_loss(logp, old, advantages.values[rows], batch.mask[rows], config.clip, tokens)
     return loss_gradient(model, batch, advantages.values, loss, config, config.temperature)
 
 def sft_gradient(model, batch, config, loss=lambda logps, mask, tokens, rows: sft_loss(logps, mask, tokens)):
     """Of L_SFT; its value is mean -log p, whatever the loss."""
-    part = partial(lambda tokens, logp, rows: loss(logp, batch.mask[rows], tokens, rows), batch.mask.sum())
-    grad, logps, _ = loss_gradient(model, batch, batch.mask, part, config)
+    mask, tokens = batch.mask, batch.mask.sum()
+    def part(logp, rows):
+        return loss(logp, mask[rows], tokens, rows)
+    grad, logps, _ = loss_gradient(model, batch, mask, part, config)
     return grad, logps, sft_loss(logps, batch.mask).item()
 
 # --- The step theta' = step(theta, g(mu), Adam's state), and its derivative in mu ---
@@ -302,19 +306,19 @@ def meta_gradient(model, tangent, rollouts, config):
     tangent: d theta'/d mu (N,). grad U is the score-function gradient, its baseline a prompt's other samples;
     one backward pass a prompt, since prompts are the independent units of the error."""
     P, G = rollouts.success.shape
-    advantages = (rollouts.success - rollouts.success.mean(1, keepdim=True)) * G / (G - 1)
+    advantages, scale = group_advantages(rollouts.success)
     slopes = torch.zeros(P, dtype=tangent.dtype, device=tangent.device)
     for p in advantages.any(1).nonzero().squeeze(1).tolist():  # elsewhere the slope is exactly 0
         part = rollouts.batch.rows(slice(p * G, (p + 1) * G))
         logps = (logps_of(model, part, config.temperature) * part.mask).sum(1)  # (G,)
-        slopes[p] = gradient(model, (advantages[p] * logps).mean()) @ tangent
+        slopes[p] = gradient(model, (scale * advantages[p] * logps).mean()) @ tangent
     return slopes.mean().item(), slopes.std().item() / math.sqrt(P)
 
 def own_meta_gradient(g_rl, tangent, batch, scale):
     """dU/dmu on a step's own prompts, -<grad L_RL, d theta/d mu> in units of reward; its size as error.
 
-    Differs: the paper pays new samples for each estimate. theta' sampled these, on prompts drawn after its
-    step. One number has no spread; its size is not too small an error on average: E[x^2] >= Var[x]."""
+    Differs: not in the paper. theta' sampled these, on prompts drawn after its step. One number has no
+    spread; its size is not too small an error on average: E[x^2] >= Var[x]."""
     slope = -(g_rl @ tangent * batch.mask.sum() / len(batch.ids)).item() * scale
     return slope, abs(slope)
 
@@ -328,8 +332,7 @@ def update_mu(mu, entropy, target_entropy, estimates, evidence, config, memory=0
     if estimates and config.controller == "paper":
         meta_force = config.eta_mu * sum(slope for slope, _ in estimates)
     elif estimates:
-        # Differs: dU/dmu is as small as alpha and mostly noise: mu moves by eta_mu times its expected sign,
-        # 2 Phi(z) - 1 with z = sum / standard error: all of eta_mu if sure, next to nothing if not.
+        # Differs: dU/dmu is tiny and mostly noise: mu moves by its expected sign, 2 Phi(z) - 1, times eta_mu.
         total = memory * evidence[0] + sum(slope for slope, _ in estimates)
         variance = memory ** 2 * evidence[1] + sum(error ** 2 for _, error in estimates)
         evidence, meta_force = (total, variance), config.eta_mu * math.erf(total / math.sqrt(2 * variance))
@@ -339,10 +342,9 @@ def update_mu(mu, entropy, target_entropy, estimates, evidence, config, memory=0
 # --- Methods: what chooses mu. A method's plain attributes are saved with the run ---
 
 CONTROLLER = "controller eta_mu eta_h mu_min mu_max utility meta_every trace".split()
-EXPLORATION = "prompts samples reward advantage clip ppo_epochs".split()
 
 class Method:
-    """What Algorithm 1 asks, about a step s; as it stands, --method fixed: W steps of SFT, then one mu."""
+    """What Algorithm 1 asks of a step s. As it stands --method fixed: W steps of SFT, then one mu."""
     unused, defaults = CONTROLLER, {}  # flags that it does not read, flags that it sets differently
 
     def __init__(self, config):
@@ -358,7 +360,7 @@ class Method:
     def advantages(self, s):
         return advantages_of(s.model, s.phi, s.rollouts, self.config)
     def imitation_loss(self, s, logps, mask, tokens, rows):  # of rows (b,) of s.demos
-        # SFT is RL with a reward of 1/pi; the constant p removes it (arXiv 2508.05629).
+        # SFT is RL with a reward of 1/pi; a constant p removes it (2508.05629).
         c = logps.detach().exp() if self.config.imitation == "rectified" else 1.0
         return sft_loss(c * logps, mask, tokens)
     def mu(self, s):  # once a step, when both gradients are known
@@ -367,24 +369,26 @@ class Method:
         pass
 
 class SFT(Method):
-    unused, defaults = ["mu", "warmup", *EXPLORATION, *CONTROLLER], dict(warmup=0)
+    unused = [*"mu warmup prompts samples reward advantage clip ppo_epochs".split(), *CONTROLLER]
+    defaults = dict(warmup=0)
     def explores(self, t):
         return False
 
-class SFTThenRL(Method):
-    unused = ["mu", *CONTROLLER]
+class RL(Method):
+    unused, defaults = ["mu", "warmup", "sft_batch", "imitation", *CONTROLLER], dict(mu=0.0, warmup=0)
     def imitates(self, t):
-        return t <= self.config.warmup
-    def mu(self, s):
-        return 1.0 if s.demos else 0.0
+        return False
 
-class RL(SFTThenRL):
-    unused, defaults = ["mu", "warmup", "sft_batch", "imitation", *CONTROLLER], dict(warmup=0)
+class SFTThenRL(Method):
+    unused, defaults = ["mu", *CONTROLLER], dict(mu=0.0)
+    def explores(self, t):
+        return t > (self.config.warmup or self.config.steps // 2)
+    def imitates(self, t):
+        return not self.explores(t)
 
 class AMFT(Method):
     """Eqs. 4-6. Its state: mu, H*, the evidence on dU/dmu, and d (theta, m, v)/d mu."""
     unused = []
-
     def __init__(self, config):
         super().__init__(config)
         self.now, self.target_entropy, self.evidence, self.tangents = config.mu, None, (0.0, 0.0), None
@@ -450,8 +454,8 @@ def train(config, method, task, model, tokenizer, run):
             # Their two gradients. (Eqs. 1-2)
             s.g_rl = s.g_sft = torch.zeros_like(theta)
             if s.rollouts:
-                batch = s.rollouts.batch
-                s.g_rl, logps, s.row["rl_loss"] = rl_gradient(model, batch, s.advantages, config, old)
+                s.g_rl, logps, s.row["rl_loss"] = rl_gradient(
+                    model, s.rollouts.batch, s.advantages, config, old)
                 old = logps if old is None else old
             if s.demos:
                 loss = partial(method.imitation_loss, s)
@@ -491,7 +495,7 @@ SHOWN = "mu", "meta_own", "meta_grad", "entropy", "sft_loss", "success", "zero_a
 class Run:
     def __init__(self, folder, config=None):  # config: of a new run
         self.folder, self.log, self.state = folder, folder / "metrics.jsonl", folder / "state.pt"
-        self.t, self.rollouts, self.seconds, self.clock = 0, 0, 0.0, time.time()
+        self.t, self.rollouts, self.seconds, self.clock = None, 0, 0.0, time.time()
         if config:
             if self.log.exists() or self.state.exists():
                 raise ValueError(f"--out {folder}: already holds a run; --resume {folder} goes on with it")
@@ -512,10 +516,12 @@ class Run:
     def save(self, t, theta, adam, phi, method):
         """All that the next step needs. Atomic: a run killed in here still has its last state."""
         self.seconds, self.clock = self.seconds + time.time() - self.clock, time.time()
+        buffer = io.BytesIO()  # so that a full disk is an OSError
         torch.save(dict(
             t=t, theta=theta, adam=tuple(adam), phi=phi and (phi.state_dict(), phi.optimizer.state_dict()),
             method={**vars(method), "config": None}, log=self.log.stat().st_size, rollouts=self.rollouts,
-            seconds=self.seconds), self.folder / "state.tmp")
+            seconds=self.seconds), buffer)
+        (self.folder / "state.tmp").write_bytes(buffer.getbuffer())
         os.replace(self.folder / "state.tmp", self.state)
 
     def restore(self, theta, phi, method):
@@ -523,6 +529,7 @@ class Run:
         try:
             if not self.state.exists():
                 os.truncate(self.log, len(self.log.open("rb").readline()))
+                self.t = 0
                 return theta, AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
             state = torch.load(self.state, map_location=theta.device, weights_only=True)
             if state["theta"].shape != theta.shape or state["log"] > self.log.stat().st_size:
@@ -546,14 +553,13 @@ class Run:
         if bad := [name for name, value in row.items() if not math.isfinite(value)]:
             raise ValueError(f"step {s.t}: {', '.join(bad)} not finite; a lower --lr?")
         self.rollouts += s.sampled
-        seconds = round(self.seconds + time.time() - self.clock, 2)
-        self.write("step", **row, rollouts=self.rollouts, seconds=seconds)
+        seconds = self.seconds + time.time() - self.clock
+        self.write("step", **row, rollouts=self.rollouts, seconds=round(seconds, 2))
         tqdm.write(f"{s.t:5d}" + "".join(f"  {key} {row[key]:.3f}" for key in SHOWN if key in row))
 
     def report(self, t, model, tokenizer, task, config, splits=None):
         for split in tqdm(splits or task.splits, desc="evaluation", leave=False):
-            row = evaluate(model, tokenizer, task, split, config)
-            self.write("eval", step=t, whole=not splits, **row)
+            self.write("eval", step=t, whole=not splits, **evaluate(model, tokenizer, task, split, config))
 
 # --- Command line ---
 
@@ -562,16 +568,16 @@ def parse(argv, methods, config_class):
     parser = argparse.ArgumentParser(
         prog=Path(sys.argv[0]).name, description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    source = "".join(inspect.getsource(c) for c in config_class.__mro__[:-1])
+    source = "".join(map(inspect.getsource, config_class.__mro__[:-1]))
     texts = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     fields = dataclasses.fields(config_class)
     for f in fields:
-        def value(text, f=f, low=f.metadata["low"], high=f.metadata["high"]):
+        def number(text, f=f, low=f.metadata["low"], high=f.metadata["high"]):
             if low is not None and not (low <= f.type(text) <= high and math.isfinite(f.type(text))):
                 raise argparse.ArgumentTypeError(f"{text}: must be finite, in [{low}, {high}]")
             return f.type(text)
         choices = tuple(methods) if f.name == "method" else f.metadata["choices"]
-        parser.add_argument("--" + f.name.replace("_", "-"), type=value, choices=choices,
+        parser.add_argument("--" + f.name.replace("_", "-"), type=number, choices=choices,
                             help=f"{texts[f.name]} (default: {f.default})")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/TASK)")
     parser.add_argument("--resume", type=Path, help="go on with the run in this folder")
@@ -598,16 +604,14 @@ def parse(argv, methods, config_class):
     return config, None if evaluates else folder, True
 
 def check(config, method):
-    """Raise ValueError, which main prints as one line; settle on a device."""
+    """Raise ValueError, one line; settle on a device."""
     if config.device == "auto":
-        here = torch.accelerator.current_accelerator(check_available=True)
-        config.device = here.type if here else "cpu"
+        config.device = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     low, high, most = config.mu_min, config.mu_max, max(config.prompts, config.sft_batch)
     for ok, right in ((config.warmup <= config.steps, f"--warmup {config.warmup}: at most --steps"),
                       (config.demos >= most, f"--demos {config.demos}: at least --prompts and --sft-batch"),
                       (low <= high, f"--mu-min {low}: at most --mu-max, {high}"),
-                      ("mu_min" in method.unused or low <= config.mu <= high, f"--mu: in [{low}, {high}]"),
-                      (not config.data or config.task == "math", "--data: only with --task math")):
+                      ("mu_min" in method.unused or low <= config.mu <= high, f"--mu: in [{low}, {high}]")):
         if not ok:
             raise ValueError(right)
     try:
@@ -620,7 +624,7 @@ def main(argv=None, methods=METHODS, config_class=Config):
     try:
         config, folder, new = parse(argv, methods, config_class)
         check(config, methods[config.method])
-        task = TASKS[config.task](**(dict(data=config.data) if config.data else {}))
+        task = TASKS[config.task](data=config.data)
         model, tokenizer = load_policy(config, task)
         if folder is None:
             rows = [evaluate(model, tokenizer, task, split, config) for split in task.splits]
@@ -638,7 +642,7 @@ def main(argv=None, methods=METHODS, config_class=Config):
         if isinstance(error, BrokenPipeError):  # | head: the interpreter's last flush must not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         stopped, name = isinstance(error, KeyboardInterrupt), Path(sys.argv[0]).name
-        go_on = f"; go on with --resume {run.folder}" if run else ""
+        go_on = f"; go on with --resume {run.folder}" if run and run.t is not None else ""
         print(f"{name}: {'stopped' if stopped else error}{go_on}", file=sys.stderr)
         sys.exit(130 if stopped else 2)
 

@@ -116,7 +116,9 @@ class Task:
     defaults = {}  # flags of amft.py that this task sets differently
     turns = 0  # graded attempts at each point; 0: the episode's own number
 
-    def __init__(self, turns=0):
+    def __init__(self, turns=0, data=""):
+        if data:
+            raise ValueError(f"--data {data}: only --task math takes a file")
         self.turns = turns or self.turns
 
     def draw(self, split, rng):
@@ -124,7 +126,9 @@ class Task:
         raise NotImplementedError
 
     def sample(self, split, rng):
-        episode = self.draw(split, rng)
+        return self.granted(self.draw(split, rng))
+
+    def granted(self, episode):
         episode.attempts = self.turns or episode.attempts
         return episode
 
@@ -482,8 +486,7 @@ class GeneralPoints(Task):
                 ways = [ranks for ranks in product(*(cards[value] for value in numbers))
                         if set(FACES) & set(ranks) or not chosen.needs_face]
                 if ROLES[numbers] == chosen.role and ways and solve(numbers):
-                    deals.append(self.dealt(chosen, stated, rng.sample(rng.choice(ways), 4), rng))
-                    deals[-1].attempts = self.turns or deals[-1].attempts
+                    deals.append(self.granted(self.dealt(chosen, stated, rng.sample(rng.choice(ways), 4), rng)))
         return rng.sample(deals, min(n, len(deals)))
 
     def dealt(self, chosen, stated, ranks, rng):
@@ -566,7 +569,7 @@ def check_tokenizer(tokenizer, episode, max_new_tokens):
         for text in (turn.shown, turn.response):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             if tokenizer.decode(ids).split() != text.split():
-                raise ValueError(f"its tokenizer cannot encode the task: a text comes back as {text[-60:]!r}")
+                raise ValueError(f"its tokenizer cannot encode the task: a text comes back as {tokenizer.decode(ids)[-60:]!r}")
         if len(ids) >= max_new_tokens:
             raise ValueError(f"a demonstration has {len(ids) + 1} tokens, --max-new-tokens is {max_new_tokens}")
 

@@ -8,6 +8,7 @@ AMFT_MODULE names the module under test (default amft), so that this file grades
 (default 0) draws the inputs, so that a grader can draw others.
 """
 
+import errno
 import copy
 import importlib
 import inspect
@@ -41,6 +42,9 @@ amft = importlib.import_module(os.environ.get("AMFT_MODULE", "amft"))
 tasks = importlib.import_module("tasks")
 SEED = int(os.environ.get("AMFT_TEST_SEED", "0"))
 slow = pytest.mark.skipif(not os.environ.get("AMFT_SLOW"), reason="takes longer: AMFT_SLOW=1 runs it")
+
+
+GP_DEFAULTS = dict(tasks.GeneralPoints.defaults)
 
 
 @pytest.fixture(autouse=True)
@@ -943,10 +947,10 @@ def test_a_step_of_every_method_is_the_gradient_of_its_loss(method, imitation, t
             method, imitation=imitation, warmup=0, advantage="group", prompts=6, sft_batch=9, meta_every=3))
         if row["kind"] == "step"]
     model = amft.load_policy(configured(model=tiny), tasks.GeneralPoints())[0]
-    mu = {"sft": 1.0, "rl": 0.0, "sft-rl": 0.0}.get(method, 0.5)
+    mu = {"sft": 1.0, "rl": 0.0, "sft-rl": 1.0}.get(method, 0.5)  # sft-rl: one of three steps is SFT
     assert steps[0]["mu"] == mu and bool(demos) == (mu > 0) and bool(seen) == (method != "sft")
     loss = 0.0
-    if seen:
+    if mu < 1:
         success, batch = seen[0]["returns"].success, seen[0]["returns"].batch
         assert 0 < success.sum() < success.numel() and len(set(success.sum(1).tolist())) > 1
         A = success - (success.sum(1, keepdim=True) - success) / (success.shape[1] - 1)
@@ -1140,15 +1144,15 @@ def test_a_run_that_is_older_than_its_last_state_starts_from_there(tiny, tmp_pat
     assert torch.equal(final_policy(tmp_path / "run"), final_policy(tmp_path / "unbroken"))
     # Interrupted while a state is written: the one before is whole.
     monkeypatch.setattr(amft, "SAVE_SECONDS", -1)
-    true, count = torch.save, itertools.count(1)
+    true, count = Path.write_bytes, itertools.count(1)
 
-    def half(state, path, *args):
+    def half(path, state):
         if next(count) == 7:
-            Path(path).write_bytes(b"half")
+            true(path, state[:100])
             raise KeyboardInterrupt
-        true(state, path, *args)
+        true(path, state)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(torch, "save", half)
+        patch.setattr(Path, "write_bytes", half)
         amft.main(tiny_argv(tiny, tmp_path / "again"))
     amft.main(["--resume", str(tmp_path / "again")])
     assert without_clock(read(tmp_path / "again")) == without_clock(whole)
@@ -1380,6 +1384,33 @@ def test_nobody_reads_the_output(what, tiny):
     error = process.stderr.read()
     process.wait()
     assert "Traceback" not in error and "Exception" not in error, error
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tiny, tmp_path, capsys, monkeypatch, unevaluated):
+    monkeypatch.setattr(amft, "SAVE_SECONDS", -1)
+    whole, true, count = tiny_run(tiny, tmp_path / "whole"), Path.write_bytes, itertools.count(1)
+
+    def full(path, state):
+        if next(count) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        true(path, state)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        error = fails(tiny_argv(tiny, tmp_path / "run"), capsys)
+    assert "No space left" in error and f"--resume {tmp_path / 'run'}" in error
+    amft.main(["--resume", str(tmp_path / "run")])
+    assert without_clock(read(tmp_path / "run")) == without_clock(whole)
+
+
+@pytest.mark.parametrize("flags, mus", [([], [1, 1, 0, 0]), (["--warmup", "1"], [1, 0, 0, 0]), (["--warmup", "3"], [1, 1, 1, 0])])
+def test_sft_then_rl_switches_at_the_warm_up_or_half_way(flags, mus, tiny, tmp_path, monkeypatch, unevaluated):
+    """Also with General Points' own defaults, which have no warm-up: it must not end up as RL alone."""
+    monkeypatch.setattr(tasks.GeneralPoints, "defaults", {**GP_DEFAULTS, "warmup": 0})
+    smoke = {name: value for name, value in amft.SMOKE.items() if name != "warmup"}
+    monkeypatch.setattr(amft, "SMOKE", smoke)
+    rows = [row for row in tiny_run(tiny, tmp_path / "run", "--method", "sft-rl", "--steps", "4", *flags) if row["kind"] == "step"]
+    assert [row["mu"] for row in rows] == mus
+    assert [("sft_loss" in row, "success" in row) for row in rows] == [(mu == 1, mu == 0) for mu in mus]
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_log(tiny, tmp_path, capsys, monkeypatch, unevaluated):

@@ -40,7 +40,6 @@ def plot_run(folder):
         points = [(row["step"], row["success"]) for row in evals if row["split"] == split]
         axes[0].plot(*zip(*points), "o--", label=split, linewidth=0.8, markersize=4)
     curve(axes[1], "sft_loss")
-    curve(axes[1], "implicit_reward")
     curve(axes[2], "mu", color="black")
     curve(axes[2], "meta_force", "sum of meta-gradient forces", total=True)
     curve(axes[2], "entropy_force", "sum of entropy forces", total=True)
@@ -138,7 +137,7 @@ def controllers(study):
                 column[1].legend(fontsize=8)
                 column[1].set_title("running sums of its two forces", fontsize=9)
             else:
-                norms = [(row["step"], row["grad_norm_sft"]) for row in rows if row["demos"]]
+                norms = [(row["step"], row["grad_norm_sft"]) for row in rows if row.get("demos")]
                 column[1].plot(*zip(*norms), linewidth=1)
                 column[1].set_title("norm of the SFT gradient", fontsize=9)
         column[0].set(title=f"{name.replace('-', ' ')}: mu, a line a seed", ylim=(-0.03, 1.03))
