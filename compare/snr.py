@@ -28,7 +28,7 @@ from compare.tables import snr  # noqa: E402
 
 LOG = ROOT / "runs" / "snr.jsonl"
 FLAGS = ("--task gp --model base/early --steps 50 --warmup 10 --mu 0.5 --prompts 8 --samples 8 --sft-batch 32 "
-         "--advantage group --lr 1e-4 --eval-n 1")
+         "--advantage group --lr 1e-4 --imitation nll --val-every 0 --eval-n 1")
 TRACES = (0.0, 0.5, 0.9, 0.98)
 AT = (12, 25, 40)
 PROMPTS, SAMPLES = 96, 16  # of a measurement
@@ -46,7 +46,7 @@ def estimates(s, config, split, tangents):
     for rows in order.flatten().split(P * G):  # the RL gradient's spread shows in parts of 256
         part = seen.batch.rows(rows)
         values = amft.Advantages(advantages.values[rows], advantages.scale)
-        grads.append((part, amft.rl_gradient(s.model, None, part, values, config)[0]))
+        grads.append((part, amft.rl_gradient(s.model, part, values, config)[0]))
     for trace, (tangent, *_) in tangents.items():
         error = statistics.mean(amft.meta_gradient(s.model, tangent, own, config)[1] for own in few)
         result.append((f"{split} by conversations", trace, *amft.meta_gradient(s.model, tangent, seen, config),

@@ -426,3 +426,19 @@ def test_budgets_leave_a_prompt_for_each_later_step_and_the_controllers_own():
     assert len(method.prompts(step(8))) == 8 and method.config.prompts == 32
     method.config.responses = 1000
     assert len(method.prompts(step(10))) == 64
+
+
+def test_the_probe_of_the_meta_gradient_runs_to_its_table(tiny, tmp_path, monkeypatch, unevaluated, capsys):
+    """compare/snr.py at a small size: both ways to estimate it on both splits for every trace, and two differences."""
+    from compare import snr
+    for name, value in dict(PROMPTS=4, SAMPLES=4, AFFORD=(2, 2), AT=(4,), LOG=tmp_path / "runs" / "snr.jsonl").items():
+        monkeypatch.setattr(snr, name, value)
+    monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: "correct" if len(text) % 3 == 0 else "no_answer")
+    monkeypatch.setattr(snr, "FLAGS", f"--task gp --model {tiny} --steps 5 --warmup 2 --prompts 2 --samples 2 --demos 40 "
+                        "--sft-batch 4 --advantage group --lr 1e-3 --max-new-tokens 34 --device cpu")
+    snr.main()
+    rows = [json.loads(line) for line in snr.LOG.read_text().splitlines()][1:]
+    assert len(rows) == 3 * (2 * 2 * len(snr.TRACES) + 2) and all(math.isfinite(row["value"]) for row in rows)
+    both = {(row["source"], row["trace"]): row["value"] for row in rows if row["seed"] == 200}
+    for trace in snr.TRACES:  # one number in two ways: by conversations, and as the RL gradient's product
+        assert both["val by RL gradient", trace] == pytest.approx(both["val by conversations", trace], rel=1e-2, abs=1e-9)
