@@ -50,7 +50,7 @@ MUTANTS = [
      "logps_of(model, part, config.temperature)[:, 0]", "slow_loop or unbiased"),
     ("amft.py", "logps_of(model, part, config.temperature)", "logps_of(model, part)", "exactly_unbiased or slow_loop"),
     ("amft.py", "(scale * advantages[p] * logps)", "(advantages[p] * logps)",
-     "exactly_unbiased"),
+     "meta_gradient_against_a_slow_loop"),
     ("amft.py", "advantages, scale = group_advantages(rollouts.success)", "advantages, scale = rollouts.success, 1.0",
      "meta_gradient_against_a_slow_loop"),
     ("amft.py", "slopes.std().item() / math.sqrt(P)", "slopes.std().item() / math.sqrt(P * G)", "slow_loop or covers"),
