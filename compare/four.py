@@ -1,8 +1,8 @@
-"""The figure of the project: SFT, RL, SFT then RL, and AMFT, at one budget of responses. At most 20 minutes on two cores.
+"""The figure of the project: SFT, RL, SFT then RL, and AMFT, at one budget of responses. Nine minutes a seed on two cores.
 
-    python compare/four.py                  # the runs (resumable), compare/figure/four.jsonl, and four.png
-    python compare/four.py --seeds 1 2 3    # more seeds, the figure shows their means
-    python compare/four.py --draw           # the figure and the table from the recorded rows alone
+    python compare/four.py                      # the runs (resumable), compare/figure/four.jsonl, and four.png
+    python compare/four.py --seeds 1 2 3 4 5    # what is recorded: the figure shows means, and each seed's mu
+    python compare/four.py --draw               # the figure and the table from the recorded rows alone
 
 Every run: 450 steps, 28,800 responses in all (AMFT's samples on validation prompts included), 64 demonstrations a step
 where there are any. Learning rates are the best of those tried for each method (README.md says which).
@@ -20,6 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import amft  # noqa: E402
+from compare.tables import mean_and_half  # noqa: E402
 
 STEPS = 450
 COMMON = f"--task gp --steps {STEPS} --val-every 90"
@@ -80,6 +81,18 @@ def table(rows):
     return "\n".join(lines)
 
 
+def paired(rows):
+    """AMFT less each other method, seed by seed, in points: mean and half-width of its 95% t-interval."""
+    end = {(row["method"], row["seed"], row["split"]): 100 * row["success"] for row in rows
+           if row["kind"] == "eval" and row["step"] == STEPS}
+    seeds = sorted({row["seed"] for row in rows})
+    lines = ["| AMFT less | " + " | ".join(SPLITS) + " |", "|---" * (len(SPLITS) + 1) + "|"]
+    for other in list(METHODS)[:-1]:
+        cells = (mean_and_half([end["AMFT", seed, split] - end[other, seed, split] for seed in seeds]) for split in SPLITS)
+        lines.append(f"| {other} | " + " | ".join(f"{mean:+.1f} ± {half:.1f}" for mean, half in cells) + " |")
+    return "\n".join(lines)
+
+
 def draw(rows):
     import matplotlib
     matplotlib.use("Agg")
@@ -97,7 +110,8 @@ def draw(rows):
         for row in rows:
             if row["kind"] == "step" and row["method"] == name:
                 mu.setdefault(row["step"], []).append(row["mu"])
-        axes[3].plot(sorted(mu), [statistics.mean(mu[t]) for t in sorted(mu)], color=colour)
+        for path in zip(*(mu[t] for t in sorted(mu))):  # every seed's: their mean would hide that they part
+            axes[3].plot(sorted(mu), path, color=colour, linewidth=0.8)
     for axis, title in zip(axes, (*titles.values(), "mu: 1 is SFT, 0 is RL")):
         axis.set(title=title, xlabel="step")
     axes[0].set_ylabel("sampled success, %")
@@ -118,7 +132,7 @@ def main():
             outs = list(pool.map(lambda task: run(*task, args.folder), tasks))
         record(dict(zip(tasks, outs)))
     rows = [json.loads(line) for line in RECORDED.read_text().splitlines()]
-    print(table(rows))
+    print(table(rows), paired(rows), sep="\n\n")
     draw(rows)
 
 

@@ -24,6 +24,7 @@ def test_recorded_tables_are_made_from_the_recorded_rows_alone(study):
 def test_the_readme_prints_the_recorded_table():
     rows = [json.loads(line) for line in four.RECORDED.read_text().splitlines()]
     assert four.table(rows) in (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    assert four.paired(rows) in (Path(__file__).resolve().parent / "README.md").read_text()
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------
