@@ -329,7 +329,7 @@ def test_the_standard_error_of_the_meta_gradient_covers():
     scores = torch.stack([torch.stack([flat_grad(exact_logps(model, p)[y], model) @ tangent for y in range(len(ALL))])
                           for p in PROMPTS])
     truth = (probabilities * reward * scores).sum().item() / 3
-    P, G, repetitions = 12, 4, 60
+    P, G, repetitions = 12, 4, 150
     estimates, errors = np.zeros(repetitions), np.zeros(repetitions)
     for i in range(repetitions):
         which = torch.randint(3, (P,))
@@ -432,7 +432,7 @@ def test_own_meta_gradient_is_unbiased_whatever_the_value_function_says(monkeypa
         slopes = [amft.own_meta_gradient(g, tangent, r.batch, scale)[0]
                   for g, r, scale in (sampled(reward, lam) for _ in range(repetitions))]
         return (np.mean(slopes) - truth) / (np.std(slopes, ddof=1) / math.sqrt(repetitions))
-    assert abs(z_of(reward, 1.0)) < 4.5 and abs(z_of(always, 1.0)) < 4.5 and z_of(always, 0.0) > 3
+    assert abs(z_of(reward, 1.0)) < 4.5 and abs(z_of(always, 1.0)) < 4.5 and z_of(always, 0.0, 160) > 3
 
 
 def test_mu_follows_the_logged_meta_gradients(tiny, tmp_path, monkeypatch, unevaluated, rewarded):
@@ -744,16 +744,18 @@ def test_graded_rewards_are_the_tasks_points(advantage):
             phi = amft.value_function(model)
             phi[-1].weight.data.zero_(), phi[-1].bias.data.fill_(0.25)
             states = amft.outputs(model, rollouts.batch, hidden=True)[1].detach()
+            learner = copy.deepcopy(phi)
+            optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
             actual = amft.advantages_of(model, phi, rollouts, config)
             togo = paid.flip(1).cumsum(1).flip(1) * mask  # returns, with lambda and gamma 1
             expected = (togo - 0.25) * mask
             mean = expected.sum() / mask.sum()
             torch.testing.assert_close(actual.values * actual.scale, (expected - mean) * mask)
-            error = [((phi(states).squeeze(-1) - togo) ** 2 * mask).sum().item()]
-            for _ in range(40):  # phi learns the returns, beside theta and not with it
-                amft.advantages_of(model, phi, rollouts, config)
-                error.append(((phi(states).squeeze(-1) - togo) ** 2 * mask).sum().item())
-            assert error[-1] < 0.9 * error[0]
+            # phi takes Adam's step towards the returns, beside theta and not with it.
+            (0.5 * ((learner(states).squeeze(-1) - togo) ** 2 * mask).sum() / mask.sum()).backward()
+            optimizer.step()
+            for moved, expected in zip(phi.parameters(), learner.parameters()):
+                torch.testing.assert_close(moved, expected)
             own = actual.values[mask.bool()]
             assert own.std(correction=0).item() == pytest.approx(1.0, rel=1e-3)
 
@@ -1004,7 +1006,7 @@ def test_every_method_with_the_defaults_that_a_user_types(method, tmp_path):
 
 def test_sensitivity_with_a_trace_is_the_derivative_in_a_mu_that_was_larger_all_along():
     """Float64 central differences through torch's own clipping and AdamW, gradients held fixed."""
-    generator, N, trace, h = torch.Generator().manual_seed(SEED), 20, 0.7, 1e-5
+    generator, N, trace, h = torch.Generator().manual_seed(SEED), 20, 0.7, 1e-6
     grads = torch.randn(6, 2, N, generator=generator, dtype=torch.float64)
 
     def final(shift):
