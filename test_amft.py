@@ -1466,7 +1466,7 @@ def test_amft_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "ROLES", {m: role if role != "train" or m in few else "unused"
                                          for m, role in tasks.ROLES.items()})
     monkeypatch.setattr(tasks.GeneralPoints, "splits", {"id": "these 12"})
-    amft.main(["--task", "gp", "--warmup", "25", "--steps", "32", "--prompts", "8", "--lr", "1e-3", "--demos", "1000",
+    amft.main(["--task", "gp", "--warmup", "50", "--steps", "56", "--prompts", "8", "--lr", "1e-3", "--demos", "1000",
                "--out", str(tmp_path / "run"), "--device", "cpu"])
     rows = read(tmp_path / "run", "eval")
     assert [row["n"] for row in rows] == [12, 12]
