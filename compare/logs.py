@@ -113,10 +113,11 @@ def first(value):
 
 
 def trial_values(table, name):
-    """Success on val of a run's trials in the search, in percent."""
+    """Success of a run's trials in the search, in percent: the mean over the search's splits; of val where none is named."""
     *group, last = name.split("/")
-    search = Study(table, "/".join(["search", *group]))
-    return [search.at_end(f"{last}.{i}", table[0]["search"]["seed"], "val") for i in range(len(table[0]["runs"][name]))]
+    study, search = Study(table, "/".join(["search", *group])), table[0]["search"]
+    return [statistics.mean(study.at_end(f"{last}.{i}", search["seed"], split) for split in search.get("splits", ["val"]))
+            for i in range(len(table[0]["runs"][name]))]
 
 
 def flags_of(table, name):

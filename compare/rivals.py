@@ -33,6 +33,7 @@ class Config(amft.Config):
     peak: float = amft.flag(0.9, 0, 1)  # cosine: mu at the first step
     valley: float = amft.flag(0.05, 0, 1)  # cosine: mu at the last step
     memory: float = amft.flag(0.9, 0, 1)  # gac: share of its proxies' running means that is kept at a step
+    splits: str = amft.flag("")  # evaluate on these alone, comma-separated, and on all of them at --val-every
 
     def __post_init__(self):
         least = self.samples * (self.steps + self.prompts * looks(self, 1))
@@ -242,13 +243,23 @@ RIVALS = {"dft": DFT, "sasr": SASR, "relift": ReLIFT, "cosine": Cosine, "chord":
 
 def compared(name, cls):
     """The method with the budget before it, and without the flags here that belong to others."""
-    others = {f.name for f in dataclasses.fields(Config)} - {f.name for f in dataclasses.fields(amft.Config)}
+    others = {f.name for f in dataclasses.fields(Config)} - {f.name for f in dataclasses.fields(amft.Config)} - {"splits"}
     others -= {*getattr(cls, "reads", ()), *(() if "prompts" in cls.unused else ("responses",))}
     return type(name, (EqualBudget, cls), dict(unused=[*cls.unused, *others], __doc__=cls.__doc__))
 
 METHODS = {name: compared(name, cls) for name, cls in {**amft.METHODS, **RIVALS}.items()}
 
+class Run(amft.Run):
+    def report(self, t, model, tokenizer, task, config, splits=None):
+        if only := getattr(config, "splits", ""):  # what uses amft alone has none
+            if not {*only.split(",")} <= {*task.splits}:
+                raise ValueError(f"--splits {only}: must be of {', '.join(task.splits)}")
+            task.splits = {split: text for split, text in task.splits.items() if split in only.split(",")}
+            splits = splits and [*task.splits]
+        super().report(t, model, tokenizer, task, config, splits)
+
 def main(argv=None):
+    amft.Run = Run
     amft.main(argv, METHODS, Config)
 
 if __name__ == "__main__":
