@@ -388,28 +388,32 @@ class SFTThenRL(Method):
 
 class AMFT(Method):
     """Eqs. 4-6. Its state: mu, H*, the evidence on dU/dmu, and d (theta, m, v)/d mu."""
-    unused = []
+    unused, memory = [], 0.98  # of the evidence, at each step that adds to it
     def __init__(self, config):
         super().__init__(config)
         self.now, self.target_entropy, self.evidence, self.tangents = config.mu, None, (0.0, 0.0), None
 
-    def mu(self, s):
-        if not s.rollouts:
-            return 1.0  # the warm-up
-        c, estimates = self.config, []
-        if self.target_entropy is None:
-            self.target_entropy = s.rollouts.entropy  # H*: of the first samples after the warm-up
+    def estimates(self, s):
+        """What this step shows of dU/dmu: [(estimate, standard error)]."""
+        c, shown = self.config, []
         if self.tangents and c.utility != "val":
-            estimates = [own_meta_gradient(s.g_rl, self.tangents[0], s.rollouts.batch, s.advantages.scale)]
-            s.row["meta_own"] = estimates[0][0]
+            shown = [own_meta_gradient(s.g_rl, self.tangents[0], s.rollouts.batch, s.advantages.scale)]
+            s.row["meta_own"] = shown[0][0]
         if self.tangents and c.utility != "train" and (s.t - c.warmup) % c.meta_every == 0:
             episodes = [s.task.sample("val", s.rng) for _ in range(c.prompts)]
             seen = rollout(s.model, s.tokenizer, episodes, c.samples, c.max_new_tokens, c.temperature)
             s.sampled += len(seen.episodes)
-            estimates.append(meta_gradient(s.model, self.tangents[0], seen, c))
-            s.row.update(zip(("meta_grad", "meta_se"), estimates[-1]))
-        self.now, self.evidence, forces = update_mu(
-            self.now, s.rollouts.entropy, self.target_entropy, estimates, self.evidence, c)
+            shown.append(meta_gradient(s.model, self.tangents[0], seen, c))
+            s.row.update(zip(("meta_grad", "meta_se"), shown[-1]))
+        return shown
+
+    def mu(self, s):
+        if not s.rollouts:
+            return 1.0  # the warm-up
+        if self.target_entropy is None:
+            self.target_entropy = s.rollouts.entropy  # H*: of the first samples after the warm-up
+        self.now, self.evidence, forces = update_mu(self.now, s.rollouts.entropy, self.target_entropy,
+                                                    self.estimates(s), self.evidence, self.config, self.memory)
         s.row.update(zip(("meta_force", "entropy_force"), forces), target_entropy=self.target_entropy)
         return self.now
 

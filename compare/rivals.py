@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
+from compare.controllers import CONTROLLERS  # noqa: E402
 
 @dataclasses.dataclass
 class Config(amft.Config):
@@ -214,7 +215,7 @@ class SRFT(PerPrompt):
 
 def looks(config, t):
     """How often AMFT still samples on val, from step t on."""
-    if config.method != "amft" or config.utility == "train" or not config.eta_mu:
+    if not config.method.startswith("amft") or config.utility == "train" or not config.eta_mu:
         return 0
     return sum((u - config.warmup) % max(config.meta_every, 1) == 0
                for u in range(max(t, config.warmup + 2), config.steps + 1))
@@ -247,7 +248,7 @@ def compared(name, cls):
     others -= {*getattr(cls, "reads", ()), *(() if "prompts" in cls.unused else ("responses",))}
     return type(name, (EqualBudget, cls), dict(unused=[*cls.unused, *others], __doc__=cls.__doc__))
 
-METHODS = {name: compared(name, cls) for name, cls in {**amft.METHODS, **RIVALS}.items()}
+METHODS = {name: compared(name, cls) for name, cls in {**amft.METHODS, **CONTROLLERS, **RIVALS}.items()}
 
 class Run(amft.Run):
     def report(self, t, model, tokenizer, task, config, splits=None):
