@@ -38,7 +38,7 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from tasks import TASKS, Batch, encode_demos, generation, inputs, load_policy, read, say, show, table
+from tasks import TASKS, Batch, curves, encode_demos, generation, inputs, load_policy, read, say, show, table
 
 # --- Configuration: the flags. Their comments are what --help prints ---
 
@@ -388,7 +388,7 @@ class SFTThenRL(Method):
 
 class AMFT(Method):
     """Eqs. 4-6. Its state: mu, H*, the evidence on dU/dmu, and d (theta, m, v)/d mu."""
-    unused, memory = [], 0.98  # of the evidence, at each step that adds to it
+    unused, on, memory = [], "val", 0.98  # where U is measured; share of the evidence that a new estimate keeps
     def __init__(self, config):
         super().__init__(config)
         self.now, self.target_entropy, self.evidence, self.tangents = config.mu, None, (0.0, 0.0), None
@@ -400,7 +400,7 @@ class AMFT(Method):
             shown = [own_meta_gradient(s.g_rl, self.tangents[0], s.rollouts.batch, s.advantages.scale)]
             s.row["meta_own"] = shown[0][0]
         if self.tangents and c.utility != "train" and (s.t - c.warmup) % c.meta_every == 0:
-            episodes = [s.task.sample("val", s.rng) for _ in range(c.prompts)]
+            episodes = [s.task.sample(self.on, s.rng) for _ in range(c.prompts)]
             seen = rollout(s.model, s.tokenizer, episodes, c.samples, c.max_new_tokens, c.temperature)
             s.sampled += len(seen.episodes)
             shown.append(meta_gradient(s.model, self.tangents[0], seen, c))
@@ -510,10 +510,10 @@ class Run:
         with open(self.log, "a") as file:
             file.write(json.dumps(dict(kind=kind, **fields), allow_nan=False) + "\n")
 
-    def rows(self, kind):
+    def rows(self, *kinds):
         try:  # half a line at the end, of a run that was killed, does not count
             rows = [json.loads(line) for line in self.log.read_text().split("\n")[:-1]]
-            return [row for row in rows if row["kind"] == kind]
+            return [row for row in rows if row["kind"] in kinds]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.log}: is not the log of a run ({error})")
 
@@ -641,6 +641,7 @@ def main(argv=None, methods=METHODS, config_class=Config):
         run.write("final", rollouts=run.rollouts, seconds=round(run.seconds, 1))
         rows = [row for row in run.rows("eval") if row["whole"]]
         print(table({f"step {t}": [row for row in rows if row["step"] == t] for t in (0, config.steps)}))
+        curves(run.rows("step", "eval"), folder / "curves.png")
         print(f"{run.rollouts} responses, {run.seconds / 60:.1f} minutes; see {folder}")
     except (OSError, ValueError, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError):  # | head: the interpreter's last flush must not fail again

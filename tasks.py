@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from itertools import combinations, combinations_with_replacement, product
+from itertools import accumulate, combinations, combinations_with_replacement, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,6 +168,41 @@ def table(columns):
         lines.append(f"{rows[0]['split']:14}"
                      + "".join("{:14.1f} [{:4.1f}, {:4.1f}]{:4.0f}{:6.0f}".format(*cell) for cell in cells))
     return "\n".join(lines)
+
+
+def curves(rows, path):
+    """Draw a run from the rows of its log: success, imitation, mu with the sums of its two forces, entropy. True if so.
+
+    Nothing is drawn where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    steps, evals = ([row for row in rows if row["kind"] == kind] for kind in ("step", "eval"))
+    figure = Figure((18, 4), layout="constrained")
+    axes = figure.subplots(1, 4)
+
+    def curve(axis, key, label=None, total=False, **style):
+        points = [(row["step"], row[key]) for row in steps if row.get(key) is not None]
+        if points:
+            x, y = zip(*points)
+            axis.plot(x, list(accumulate(y)) if total else y, label=label or key, **style)
+    curve(axes[0], "success", "the steps' samples", color="lightgrey")
+    for split in dict.fromkeys(row["split"] for row in evals):
+        axes[0].plot(*zip(*((row["step"], row["success"]) for row in evals if row["split"] == split)), "o--", label=split,
+                     linewidth=0.8, markersize=4)
+    curve(axes[1], "sft_loss")
+    curve(axes[2], "mu", color="black")
+    curve(axes[2], "meta_force", "sum of meta-gradient forces", total=True)
+    curve(axes[2], "entropy_force", "sum of entropy forces", total=True)
+    curve(axes[3], "entropy")
+    curve(axes[3], "target_entropy", "target H*", linestyle=":")
+    for axis, title in zip(axes, ("success of samples", "imitation", "mu and its two forces", "entropy (nats a token)")):
+        axis.set(title=title, xlabel="step")
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    return True
 
 
 def interval(pairs, z=1.96):
@@ -361,6 +396,7 @@ class Split(NamedTuple):
 SPLITS = {
     "train": Split("train", (RULE_10,)),
     "val": Split("val", (RULE_10,)),
+    "val_rule": Split("val", (RULE_11_12_13,), needs_face=True),  # a utility that asks for the other rule
     "id": Split("train", (RULE_10,)),
     "heldout": Split("heldout", (RULE_10,)),
     "ood_rule": Split("heldout", (RULE_11_12_13,), needs_face=True),

@@ -39,6 +39,10 @@ class Recent(amft.AMFT):
     """Evidence of the last ten looks or so, 50 steps, in place of 50 looks, 250 steps."""
     memory = 0.9
 
+class Rule(amft.AMFT):
+    """U is success under the other rule, on the controller's deals."""
+    on = "val_rule"
+
 class Pass(amft.AMFT):
     """U is pass@k on the step's own prompts; k falls from G - 1 to 1 at the run's end. It needs no more samples.
 
@@ -65,7 +69,7 @@ class PassVal(amft.AMFT):
         c = self.config
         if not self.tangents or (s.t - c.warmup) % c.meta_every:
             return []
-        episodes = [s.task.sample("val", s.rng) for _ in range(c.prompts)]
+        episodes = [s.task.sample(self.on, s.rng) for _ in range(c.prompts)]
         seen = amft.rollout(s.model, s.tokenizer, episodes, c.samples, c.max_new_tokens, c.temperature)
         s.sampled, k = s.sampled + len(seen.episodes), Pass.k(self, s)
         shown = pass_gradient(s.model, self.tangents[0], seen, c, k)
@@ -89,5 +93,5 @@ class AutoWarmup(amft.AMFT):
             self.low, self.waited = min(loss, self.low), 0 if loss < self.low else self.waited + 1
             self.over = self.waited >= self.patience
 
-CONTROLLERS = {"amft-recent": Recent, "amft-pass": Pass, "amft-pass4": PassThroughout, "amft-pass-val": PassVal,
+CONTROLLERS = {"amft-recent": Recent, "amft-rule": Rule, "amft-pass": Pass, "amft-pass4": PassThroughout, "amft-pass-val": PassVal,
                "amft-auto": AutoWarmup}

@@ -17,40 +17,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tasks  # noqa: E402
 from compare.logs import RECORDED, Study, read, recorded  # noqa: E402
 from compare.tables import mean_and_half, searched  # noqa: E402
 
 COLD = "-without-warm-up"
 ADAPTIVE = ("amft", f"amft{COLD}", "gac", "sasr", "superrl", "hpt")
-
-
-def plot_run(folder):
-    """Success; imitation; mu with the running sums of its two forces; entropy and its target."""
-    rows = read(folder)
-    steps, evals = ([row for row in rows if row["kind"] == kind] for kind in ("step", "eval"))
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
-
-    def curve(axis, key, label=None, total=False, **style):
-        points = [(row["step"], row[key]) for row in steps if row.get(key) is not None]
-        if points:
-            x, y = zip(*points)
-            axis.plot(x, list(accumulate(y)) if total else y, label=label or key, **style)
-    curve(axes[0], "success", "training problems, sampled", color="lightgrey")
-    for split in dict.fromkeys(row["split"] for row in evals):
-        points = [(row["step"], row["success"]) for row in evals if row["split"] == split]
-        axes[0].plot(*zip(*points), "o--", label=split, linewidth=0.8, markersize=4)
-    curve(axes[1], "sft_loss")
-    curve(axes[2], "mu", color="black")
-    curve(axes[2], "meta_force", "sum of meta-gradient forces", total=True)
-    curve(axes[2], "entropy_force", "sum of entropy forces", total=True)
-    curve(axes[3], "entropy")
-    curve(axes[3], "target_entropy", "target H*", linestyle=":")
-    for axis, title in zip(axes, ("success", "imitation", "mu and its two forces", "entropy (nats a token)")):
-        axis.set(title=title, xlabel="step")
-        if axis.lines:
-            axis.legend(fontsize=8)
-    figure.savefig(Path(folder) / "curves.png", dpi=120)
-    plt.close(figure)
 
 
 def styles(study, names):
@@ -186,7 +158,7 @@ def main():
     parser.add_argument("group", nargs="?", default="", help="of the study's runs; without it those of no group")
     args = parser.parse_args()
     if (Path(args.what) / "metrics.jsonl").exists():
-        plot_run(args.what)
+        tasks.curves(read(args.what), Path(args.what) / "curves.png")
         return print(Path(args.what) / "curves.png")
     for name, figure in figures(recorded(args.what), args.group).items():
         path = RECORDED / f"{'-'.join(filter(None, (args.what, *args.group.split('/'), name)))}.png"

@@ -202,8 +202,8 @@ def plain(table):
         meta = signs(study, study.names)
         text += ["", SIGNS, *meta] if meta else []
     if "search" in table[0]:
-        text += ["", "## The search", "", f"Seed {table[0]['search']['seed']}, success on val in percent after the run. "
-                 "Chosen: the best, the first of equals.",
+        text += ["", "## The search", "", f"Seed {table[0]['search']['seed']}, success in percent after the run, mean over "
+                 f"{' and '.join(table[0]['search'].get('splits', ['val']))}. Chosen: the best, the first of equals.",
                  *search(table, [name for name, own in table[0]["runs"].items() if isinstance(own, list)])]
     return text
 
