@@ -47,6 +47,7 @@ class Pass(amft.AMFT):
     """U is pass@k on the step's own prompts; k falls from G - 1 to 1 at the run's end. It needs no more samples.
 
     Coverage is what imitation brings first; it becomes success only when exploration has time left to sharpen it."""
+    defaults = dict(utility="train")
     def estimates(self, s):
         if not self.tangents:
             return []
