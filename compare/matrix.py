@@ -111,6 +111,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--only", default="*", help="the runs whose name matches")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the spec's, these alone")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--keep", action="store_true", help="keep states and policies of finished runs")
     args = parser.parse_args()
@@ -125,7 +126,8 @@ def main():
     (folder / "spec.json").write_text(json.dumps(spec))
     if not run_all(trials(spec, args.only), folder, spec, args):
         sys.exit(None if args.list else "the search is not done")
-    if not run_all(cells(spec, folder, args.only), folder, spec, args) and not args.list:
+    jobs = [job for job in cells(spec, folder, args.only) if job[1] in (args.seeds or spec["seeds"])]
+    if not run_all(jobs, folder, spec, args) and not args.list:
         sys.exit("not all runs are done")
 
 
