@@ -248,7 +248,8 @@ def loss_gradient(model, batch, used, loss, config, temperature=1.0):
     for rows in micro(used, config):
         logp = logps_of(model, batch.rows(rows), temperature)
         value, logps[rows] = loss(logp, rows), logp.detach()
-        grad, total = grad + gradient(model, value), total + value.item()
+        grad += gradient(model, value)
+        total += value.item()
     return grad, logps, total
 
 def rl_gradient(model, batch, advantages, config, old_logps=None):
@@ -274,16 +275,30 @@ class AdamState(NamedTuple):
     v: torch.Tensor  # (N,) second moment
     step: int
 
-def adamw_step(theta, grad, state, lr, max_norm=1.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8):
-    """clip_grad_norm_, then AdamW, as a pure function: (theta', state'). All tensors (N,)."""
-    grad = grad * (max_norm / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0)
-    step = state.step + 1
-    m = betas[0] * state.m + (1 - betas[0]) * grad
-    v = betas[1] * state.v + (1 - betas[1]) * grad * grad
+def sliced(step, *vectors, size=2 ** 22):
+    """Three vectors (N,) that step makes of vectors (N,), a slice at a time: what it needs on its way is small."""
+    made = [torch.empty_like(vectors[0]) for _ in range(3)]
+    for parts in zip(*(x.split(size) for x in (*made, *vectors))):
+        # Cloned: in forward mode a view's tangent is as large as the whole.
+        for part, value in zip(parts, step(*(x.clone() for x in parts[3:]))):
+            part.copy_(value)
+    return made
+
+def adamw(theta, grad, m, v, norm, step, lr, max_norm=1.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8):
+    """(theta', m', v'), entry by entry but for norm, |grad| of the whole."""
+    grad = grad * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    m = betas[0] * m + (1 - betas[0]) * grad
+    v = betas[1] * v + (1 - betas[1]) * grad * grad
     # A token that never occurs has v = 0, where d sqrt(v) = 0/0: keep it out; its derivative is 0.
     root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)
     update = (m / (1 - betas[0] ** step)) / (root / math.sqrt(1 - betas[1] ** step) + eps)
-    return theta * (1 - lr * weight_decay) - lr * update, AdamState(m, v, step)
+    return theta * (1 - lr * weight_decay) - lr * update, m, v
+
+def adamw_step(theta, grad, state, lr, **how):
+    """clip_grad_norm_, then AdamW, as a pure function: (theta', state'). All tensors (N,)."""
+    step = partial(adamw, norm=grad.norm(), step=state.step + 1, lr=lr, **how)
+    theta, m, v = sliced(step, theta, grad, state.m, state.v)
+    return theta, AdamState(m, v, state.step + 1)
 
 def step_sensitivity(theta, g_rl, g_sft, mu, state, last=None, trace=0.0, **how):
     """d (theta', m', v')/d mu, each (N,), of the step that is taken: exact through clipping, moments and eps.
@@ -291,12 +306,17 @@ def step_sensitivity(theta, g_rl, g_sft, mu, state, last=None, trace=0.0, **how)
     Differs from Eq. 5, which differentiates plain SGD. `last`, the step before's, enters at the share trace:
     mu was larger at past steps, by trace^i at the i-th last, and what momentum has still to pay is counted
     (Xu et al. 2018; as there, without the gradients' Hessian). Forward mode needs only the step."""
-    def step(mu, theta, m, v):
-        theta, after = adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, AdamState(m, v, state.step), **how)
-        return theta, after.m, after.v
-    mu = torch.as_tensor(mu, dtype=theta.dtype, device=theta.device)
-    moved = [torch.zeros_like(theta) if last is None else trace * x for x in last or range(3)]
-    return torch.func.jvp(step, (mu, theta, state.m, state.v), (torch.ones_like(mu), *moved))[1]
+    g = (1 - mu) * g_rl + mu * g_sft
+    norm = g.norm()
+    norm_dmu = (g @ g_sft - g @ g_rl) / (norm + 1e-30)
+    del g  # memory
+    def derivative(theta, m, v, g_rl, g_sft, *last):
+        theta_dmu, m_dmu, v_dmu = (trace * x for x in last)
+        return torch.func.jvp(partial(adamw, step=state.step + 1, **how),
+                              (theta, (1 - mu) * g_rl + mu * g_sft, m, v, norm),
+                              (theta_dmu, g_sft - g_rl, m_dmu, v_dmu, norm_dmu))[1]
+    last = last or 3 * [theta.new_zeros(()).expand_as(theta)]
+    return sliced(derivative, theta, state.m, state.v, g_rl, g_sft, *last)
 
 # --- The meta-gradient (Eqs. 4-5) and the controller (Eq. 6) ---
 
@@ -452,7 +472,7 @@ def train(config, method, task, model, tokenizer, run):
         old = None  # log-probabilities of the policy that sampled
         for s.update in range(config.ppo_epochs if s.rollouts else 1):
             # Their two gradients. (Eqs. 1-2)
-            s.g_rl = s.g_sft = torch.zeros_like(theta)
+            s.g_rl = s.g_sft = theta.new_zeros(()).expand_as(theta)
             if s.rollouts:
                 s.g_rl, logps, s.row["rl_loss"] = rl_gradient(
                     model, s.rollouts.batch, s.advantages, config, old)
@@ -463,12 +483,14 @@ def train(config, method, task, model, tokenizer, run):
             # Controller: mu, from the meta-gradient and the entropy. (Eqs. 4-6)
             s.mu = method.mu(s) if s.update == 0 else s.mu
             # One step on the unified loss, and d theta'/d mu for the next meta-gradient. (Eq. 3)
-            g = (1 - s.mu) * s.g_rl + s.mu * s.g_sft
             method.moved(s)
+            g = (1 - s.mu) * s.g_rl + s.mu * s.g_sft
+            s.row.update(grad_norm=g.norm().item(), grad_norm_rl=s.g_rl.norm().item(),
+                         grad_norm_sft=s.g_sft.norm().item())
+            s.g_rl = s.g_sft = None  # for memory, as below
             theta, adam = s.theta, s.adam = adamw_step(s.theta, g, s.adam, s.lr)
             vector_to_parameters(theta, model.parameters())
-        s.row.update(grad_norm=g.norm().item(), grad_norm_rl=s.g_rl.norm().item(),
-                     grad_norm_sft=s.g_sft.norm().item())
+            g = None
         run.log_step(s)
         if config.val_every and t % config.val_every == 0 and t < config.steps:
             run.report(t, model, tokenizer, task, config, ["val"])
