@@ -38,7 +38,7 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from tasks import TASKS, Batch, encode_demos, generation, inputs, load_policy, read, say, show, table
+from tasks import TASKS, Batch, encode_demos, generation, inputs, load_policy, read, say, show, sliced, table
 
 # --- Configuration: the flags. Their comments are what --help prints ---
 
@@ -202,9 +202,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
 
 def value_function(model, lr=1e-3):
     """phi: last hidden state -> a token's value."""
-    width = model.get_input_embeddings().weight.shape[1]
-    phi = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
-    phi = phi.to(model.device)
+    width, nn = model.get_input_embeddings().weight.shape[1], torch.nn
+    phi = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)).to(model.device)
     phi.optimizer = torch.optim.Adam(phi.parameters(), lr=lr)
     return phi
 
@@ -244,12 +243,11 @@ def gradient(model, loss):  # (N,); 0 for what the loss does not use
 
 def loss_gradient(model, batch, used, loss, config, temperature=1.0):
     """(gradient (N,), logps (B, T), value) of loss(logps (b, T), rows (b,)), summed over the rows used."""
-    grad, logps, total = torch.zeros_like(flatten(model)), torch.zeros_like(batch.mask), 0.0
+    grad, logps, total = 0 * flatten(model), torch.zeros_like(batch.mask), 0.0
     for rows in micro(used, config):
         logp = logps_of(model, batch.rows(rows), temperature)
         value, logps[rows] = loss(logp, rows), logp.detach()
-        grad += gradient(model, value)
-        total += value.item()
+        grad, total = grad.add_(gradient(model, value)), total + value.item()
     return grad, logps, total
 
 def rl_gradient(model, batch, advantages, config, old_logps=None):
@@ -268,55 +266,37 @@ def sft_gradient(model, batch, config, loss=lambda logps, mask, tokens, rows: sf
     grad, logps, _ = loss_gradient(model, batch, mask, part, config)
     return grad, logps, sft_loss(logps, batch.mask).item()
 
-# --- The step theta' = step(theta, g(mu), Adam's state), and its derivative in mu ---
+# --- The step, and its derivative in mu ---
 
-class AdamState(NamedTuple):
-    m: torch.Tensor  # (N,) first moment
-    v: torch.Tensor  # (N,) second moment
-    step: int
+AdamState = NamedTuple("AdamState", [("m", torch.Tensor), ("v", torch.Tensor), ("step", int)])  # moments (N,)
 
-def sliced(step, *vectors, size=2 ** 22):
-    """Three vectors (N,) that step makes of vectors (N,), a slice at a time: what it needs on its way is small."""
-    made = [torch.empty_like(vectors[0]) for _ in range(3)]
-    for parts in zip(*(x.split(size) for x in (*made, *vectors))):
-        # Cloned: in forward mode a view's tangent is as large as the whole.
-        for part, value in zip(parts, step(*(x.clone() for x in parts[3:]))):
-            part.copy_(value)
-    return made
-
-def adamw(theta, grad, m, v, norm, step, lr, max_norm=1.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8):
-    """(theta', m', v'), entry by entry but for norm, |grad| of the whole."""
+def adamw(theta, grad, m, v, norm, step, lr, max_norm=1.0, weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8):
+    """(theta', m', v') of some entries; norm: |grad| of all."""
     grad = grad * (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    m = betas[0] * m + (1 - betas[0]) * grad
-    v = betas[1] * v + (1 - betas[1]) * grad * grad
-    # A token that never occurs has v = 0, where d sqrt(v) = 0/0: keep it out; its derivative is 0.
-    root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)
-    update = (m / (1 - betas[0] ** step)) / (root / math.sqrt(1 - betas[1] ** step) + eps)
+    m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad * grad
+    root = v.clamp(min=1e-37).sqrt()  # a token that never occurs has v = 0, where d sqrt(v) would be 0/0
+    update = m / (1 - b1 ** step) / (root / math.sqrt(1 - b2 ** step) + eps)
     return theta * (1 - lr * weight_decay) - lr * update, m, v
 
-def adamw_step(theta, grad, state, lr, **how):
-    """clip_grad_norm_, then AdamW, as a pure function: (theta', state'). All tensors (N,)."""
-    step = partial(adamw, norm=grad.norm(), step=state.step + 1, lr=lr, **how)
-    theta, m, v = sliced(step, theta, grad, state.m, state.v)
+def adamw_step(theta, grad, state, **how):
+    """clip_grad_norm_, then AdamW: (theta', state'). All tensors (N,)."""
+    step = partial(adamw, norm=grad.norm(), step=state.step + 1, **how)
+    theta, m, v = sliced(step, theta, grad, *state[:2])
     return theta, AdamState(m, v, state.step + 1)
 
 def step_sensitivity(theta, g_rl, g_sft, mu, state, last=None, trace=0.0, **how):
-    """d (theta', m', v')/d mu, each (N,), of the step that is taken: exact through clipping, moments and eps.
+    """d (theta', m', v')/d mu, each (N,), of the step that is taken: exact through clipping, moments, eps.
 
-    Differs from Eq. 5, which differentiates plain SGD. `last`, the step before's, enters at the share trace:
-    mu was larger at past steps, by trace^i at the i-th last, and what momentum has still to pay is counted
-    (Xu et al. 2018; as there, without the gradients' Hessian). Forward mode needs only the step."""
+    `last`, the step before's, enters at the share trace: mu was larger at past steps, by trace^i at the i-th
+    last, and momentum has still to pay (Xu et al. 2018; as there, without the gradients' Hessian)."""
     g = (1 - mu) * g_rl + mu * g_sft
-    norm = g.norm()
-    norm_dmu = (g @ g_sft - g @ g_rl) / (norm + 1e-30)
+    norm, d_norm = g.norm(), (g @ g_sft - g @ g_rl) / (g.norm() + 1e-30)
     del g  # memory
-    def derivative(theta, m, v, g_rl, g_sft, *last):
-        theta_dmu, m_dmu, v_dmu = (trace * x for x in last)
-        return torch.func.jvp(partial(adamw, step=state.step + 1, **how),
-                              (theta, (1 - mu) * g_rl + mu * g_sft, m, v, norm),
-                              (theta_dmu, g_sft - g_rl, m_dmu, v_dmu, norm_dmu))[1]
-    last = last or 3 * [theta.new_zeros(()).expand_as(theta)]
-    return sliced(derivative, theta, state.m, state.v, g_rl, g_sft, *last)
+    def slopes(theta, m, v, g_rl, g_sft, d_theta, d_m, d_v):  # forward mode
+        values = theta, (1 - mu) * g_rl + mu * g_sft, m, v, norm
+        tangents = trace * d_theta, g_sft - g_rl, trace * d_m, trace * d_v, d_norm
+        return torch.func.jvp(partial(adamw, step=state.step + 1, **how), values, tangents)[1]
+    return sliced(slopes, theta, *state[:2], g_rl, g_sft, *last or 3 * [0 * theta])
 
 # --- The meta-gradient (Eqs. 4-5) and the controller (Eq. 6) ---
 
@@ -472,25 +452,23 @@ def train(config, method, task, model, tokenizer, run):
         old = None  # log-probabilities of the policy that sampled
         for s.update in range(config.ppo_epochs if s.rollouts else 1):
             # Their two gradients. (Eqs. 1-2)
-            s.g_rl = s.g_sft = theta.new_zeros(()).expand_as(theta)
+            s.g_rl = s.g_sft = theta.new_zeros(1).expand_as(theta)
             if s.rollouts:
                 s.g_rl, logps, s.row["rl_loss"] = rl_gradient(
                     model, s.rollouts.batch, s.advantages, config, old)
                 old = logps if old is None else old
             if s.demos:
-                loss = partial(method.imitation_loss, s)
-                s.g_sft, _, s.row["sft_loss"] = sft_gradient(model, s.demos, config, loss)
+                s.g_sft, _, s.row["sft_loss"] = sft_gradient(
+                    model, s.demos, config, partial(method.imitation_loss, s))
             # Controller: mu, from the meta-gradient and the entropy. (Eqs. 4-6)
             s.mu = method.mu(s) if s.update == 0 else s.mu
-            # One step on the unified loss, and d theta'/d mu for the next meta-gradient. (Eq. 3)
+            # d theta'/d mu for the next meta-gradient, and a step on the unified loss. (Eq. 3)
             method.moved(s)
-            g = (1 - s.mu) * s.g_rl + s.mu * s.g_sft
-            s.row.update(grad_norm=g.norm().item(), grad_norm_rl=s.g_rl.norm().item(),
-                         grad_norm_sft=s.g_sft.norm().item())
-            s.g_rl = s.g_sft = None  # for memory, as below
-            theta, adam = s.theta, s.adam = adamw_step(s.theta, g, s.adam, s.lr)
+            s.g = (1 - s.mu) * s.g_rl + s.mu * s.g_sft
+            s.row.update({"grad_norm" + x: vars(s)["g" + x].norm().item() for x in ("", "_rl", "_sft")})
+            del s.g_rl, s.g_sft  # memory
+            theta, adam = s.theta, s.adam = adamw_step(s.theta, s.g, s.adam, lr=s.lr)
             vector_to_parameters(theta, model.parameters())
-            g = None
         run.log_step(s)
         if config.val_every and t % config.val_every == 0 and t < config.steps:
             run.report(t, model, tokenizer, task, config, ["val"])
@@ -552,7 +530,7 @@ class Run:
             if not self.state.exists():
                 os.truncate(self.log, len(self.log.open("rb").readline()))
                 self.t = 0
-                return theta, AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
+                return theta, AdamState(0 * theta, 0 * theta, 0)
             state = torch.load(self.state, map_location=theta.device, weights_only=True)
             if state["theta"].shape != theta.shape or state["log"] > self.log.stat().st_size:
                 raise ValueError("it belongs to another model or log")
