@@ -243,11 +243,11 @@ def gradient(model, loss):  # (N,); 0 for what the loss does not use
 
 def loss_gradient(model, batch, used, loss, config, temperature=1.0):
     """(gradient (N,), logps (B, T), value) of loss(logps (b, T), rows (b,)), summed over the rows used."""
-    grad, logps, total = 0 * flatten(model), torch.zeros_like(batch.mask), 0.0
+    grad, logps, total = torch.zeros_like(flatten(model)), torch.zeros_like(batch.mask), 0.0
     for rows in micro(used, config):
         logp = logps_of(model, batch.rows(rows), temperature)
         value, logps[rows] = loss(logp, rows), logp.detach()
-        grad, total = grad.add_(gradient(model, value)), total + value.item()
+        grad, total = grad + gradient(model, value), total + value.item()
     return grad, logps, total
 
 def rl_gradient(model, batch, advantages, config, old_logps=None):
