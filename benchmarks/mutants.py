@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 240  # for the tests of a row
 TESTS = {"amft.py": "test_amft.py", "tasks.py": "test_amft.py", "base/make.py": "test_amft.py",
-         "compare/rivals.py": "compare/test_rivals.py"}
+         "compare/rivals.py": "compare/test_rivals.py", "recipes/parallel.py": "recipes/test_parallel.py"}
 FORGET = 'vars(method).update(state["method"], config=method.config)'
 MUTANTS = [
     # the step
@@ -180,6 +180,20 @@ MUTANTS = [
     ("compare/rivals.py", "(s.t - c.warmup) % c.meta_every == 0", "True", "three_proxies"),
     ("compare/rivals.py", "self.spent += 0 if s.update else s.sampled", "self.spent += 0", "shared_out"),
     ("compare/rivals.py", " - c.prompts * looks(c, s.t)", "", "shared_out"),
+    # several processes
+    ("recipes/parallel.py", "torch.manual_seed(seed + RANK)", "torch.manual_seed(seed)", "streams"),
+    ("recipes/parallel.py", "return total(grad), total(logps)", "return grad, total(logps)", "two_ranks"),
+    ("recipes/parallel.py", "return total(grad), total(logps)", "return total(grad), logps", "two_ranks"),
+    ("recipes/parallel.py", "order = torch.tensor(place).argsort()", "order = torch.arange(len(place))", "two_ranks"),
+    ("recipes/parallel.py", "left = S - right", "left = 0 * S - 0 * right", "two_ranks"),
+    ("recipes/parallel.py", "for part in parts], tokens)", "for part in parts], turns)", "two_ranks"),
+    ("recipes/parallel.py", "P * (P - 1) * error ** 2 + P * mean ** 2", "P * (P - 1) * error ** 2", "two_ranks"),
+    ("recipes/parallel.py", "return None, total(states)", "return None, states", "two_ranks"),
+    ("recipes/parallel.py", "        result = super().restore(*args)\n", "        result = super().restore(*args[:1], None, args[2])\n",
+     "ranks_of_a_run"),
+    ("recipes/parallel.py", "set(everyones((bits, s.mu)))", "set(everyones(s.mu))", "one_line"),
+    ("recipes/parallel.py", 'if store.add("said", 1) == 1 and line:', "if line:", "one_line"),
+    ("recipes/parallel.py", "model.save_pretrained = tokenizer.save_pretrained = lambda *_: None", "pass", "one_writes"),
     # the tasks
     ("tasks.py", "if sorted(used) != sorted(self.numbers):", "if set(used) != set(self.numbers):", "hostile or bracketing"),
     ("tasks.py", "return outcome if outcome == \"no_answer\" or self.recognised(response) else \"wrong_cards\"", "return outcome",

@@ -260,8 +260,9 @@ def main(argv=None, methods=amft.METHODS, config_class=amft.Config):
         return
     # One line in all: that of the first rank to fail, and of rank 0 where all fail alike.
     time.sleep(3 if RANK else 0)
-    if store.add("said", 1) == 1 and line:
-        print(f"{line} (rank {RANK})", file=sys.stderr)
+    with contextlib.suppress(RuntimeError):  # the store is gone with rank 0, which has said it
+        if store.add("said", 1) == 1 and line:
+            print(f"{line} (rank {RANK})", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)  # without waiting for the others

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -24,7 +24,7 @@ import amft  # noqa: E402
 import parallel  # noqa: E402
 import tasks  # noqa: E402
 
-TOKENIZER = amft.TASKS and tasks.AutoTokenizer.from_pretrained(HERE.parent / "base")
+TOKENIZER = AutoTokenizer.from_pretrained(HERE.parent / "base")
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def argv(model, out, *flags):
             "--max-new-tokens", "34", *flags]
 
 
-def run(rank, argv, save_seconds=-1):
-    """A whole run; returns what this rank had at its end."""
+def run(rank, argv):
+    """A whole run without evaluations; returns what this rank had at its end."""
     seen = {}
 
     class Watched(parallel.Run):
@@ -103,7 +103,9 @@ def run(rank, argv, save_seconds=-1):
             super().log_step(s)
             seen.setdefault("steps", []).append((s.t, s.mu, s.row.get("meta_grad"), s.theta.sum().item()))
             seen.update(theta=s.theta, m=s.adam.m, v=s.adam.v)
-    parallel.Run, amft.SAVE_SECONDS = Watched, save_seconds
+    parallel.Run, amft.SAVE_SECONDS = Watched, -1
+    amft.evaluate = lambda _, __, task, split, *___: dict(
+        split=split, n=1, success=0.0, low=0.0, high=1.0, any=0.0, greedy=0.0, outcomes={})
     method, moved = amft.AMFT, amft.AMFT.moved
 
     def watched(self, s):
@@ -189,20 +191,20 @@ def test_two_ranks_compute_what_one_process_does(tiny, tmp_path, monkeypatch):
 
 def test_ranks_of_a_run_are_equal_and_a_killed_run_goes_on(tiny, tmp_path):
     """Every rank has the same theta, moments, d/d mu and mu at the end, bit for bit; killed and resumed, the log is the same."""
-    flags = "--steps", "8", "--meta-every", "2", "--ppo-epochs", "2", "--prompts", "5"
+    flags = "--steps", "7", "--warmup", "1", "--meta-every", "2", "--ppo-epochs", "2", "--prompts", "5"
     first, second = ranks(tmp_path, run, argv(tiny, tmp_path / "unbroken", *flags))
-    assert same(first, second) and len(first["steps"]) == 8 and len({mu for _, mu, *_ in first["steps"]}) > 3
+    assert same(first, second) and len(first["steps"]) == 7 and len({mu for _, mu, *_ in first["steps"]}) > 3
     assert any(step[2] for step in first["steps"]) and first["tangents"] is not None
     whole = rows(tmp_path / "unbroken")
     assert (tmp_path / "unbroken" / "final" / "config.json").exists() and whole[-1]["kind"] == "final"
-    assert [row["step"] for row in whole if row["kind"] == "step"] == list(range(1, 9))
+    assert [row["step"] for row in whole if row["kind"] == "step"] == list(range(1, 8))
     assert (tmp_path / "out-1").read_text() == "" and "responses" in (tmp_path / "out-0").read_text()
     log = tmp_path / "run" / "metrics.jsonl"
     codes = ranks(tmp_path, run, argv(tiny, tmp_path / "run", *flags),
-                  kill=lambda: log.exists() and '"step": 6' in log.read_text())
+                  kill=lambda: log.exists() and '"step": 5' in log.read_text())
     assert codes == [None, None] and not (tmp_path / "run" / "final").exists() and (tmp_path / "run" / "state.pt").exists()
     first, second = ranks(tmp_path, run, ["--resume", str(tmp_path / "run")])
-    assert same(first, second) and len(first["steps"]) < 8
+    assert same(first, second) and 1 < len(first["steps"]) < 6
     assert rows(tmp_path / "run") == whole
 
 
@@ -218,7 +220,7 @@ def drifting(rank, argv):
 
 def breaking(rank, argv):
     if rank == 1:
-        def fail(*_):
+        def fail(*_, **__):
             raise RuntimeError("CUDA out of memory\nand a page of text")
         amft.step_sensitivity = fail
     return run(rank, argv)
@@ -235,12 +237,22 @@ def test_errors_end_all_ranks_with_one_line(what, flags, codes, said, tiny, tmp_
     assert len(lines) == 1 and said in lines[0], lines
 
 
+def test_only_torchrun_starts_it(monkeypatch, capsys):
+    for nodes in ({}, dict(LOCAL_WORLD_SIZE="2", WORLD_SIZE="4")):
+        for name, value in nodes.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as info:
+            parallel.main(["--smoke"])
+        error = capsys.readouterr().err
+        assert info.value.code == 2 and error.count("\n") == 1 and "torchrun --nproc-per-node" in error
+
+
 def test_the_command_line(tiny, tmp_path):
-    """torchrun itself; and parallel.py without it."""
-    program = str(HERE / "parallel.py")
-    alone = subprocess.run([sys.executable, program, "--smoke"], capture_output=True, text=True)
-    assert alone.returncode == 2 and alone.stderr.count("\n") == 1 and "torchrun --nproc-per-node" in alone.stderr
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program,
-                           *argv(tiny, tmp_path / "run", "--steps", "2", "--warmup", "1")], capture_output=True, text=True)
+    """torchrun itself, evaluations with fewer episodes than ranks among it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "parallel.py"),
+         *argv(tiny, tmp_path / "run", "--steps", "2", "--warmup", "1", "--eval-n", "1")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [row["kind"] for row in rows(tmp_path / "run")].count("step") == 2 and done.stdout.count("responses,") == 1
+    made = rows(tmp_path / "run")
+    assert [row["kind"] for row in made].count("step") == 2 and done.stdout.count("responses,") == 1
+    assert all(row["n"] == 1 and sum(row["outcomes"].values()) == 4 for row in made if row["kind"] == "eval")
