@@ -193,7 +193,6 @@ MUTANTS = [
      "ranks_of_a_run"),
     ("recipes/parallel.py", "set(everyones((bits, s.mu)))", "set(everyones(s.mu))", "one_line"),
     ("recipes/parallel.py", 'if store.add("said", 1) == 1 and line:', "if line:", "one_line"),
-    ("recipes/parallel.py", "model.save_pretrained = tokenizer.save_pretrained = lambda *_: None", "pass", "one_writes"),
     # the tasks
     ("tasks.py", "if sorted(used) != sorted(self.numbers):", "if set(used) != set(self.numbers):", "hostile or bracketing"),
     ("tasks.py", "return outcome if outcome == \"no_answer\" or self.recognised(response) else \"wrong_cards\"", "return outcome",

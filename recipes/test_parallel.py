@@ -189,6 +189,21 @@ def test_two_ranks_compute_what_one_process_does(tiny, tmp_path, monkeypatch):
         assert a.entropy == pytest.approx(b.entropy, rel=1e-5) and a.truncated == pytest.approx(b.truncated)
 
 
+def sampled(rank, model):
+    parallel.start()
+    task = tasks.GeneralPoints()
+    policy, tokenizer = amft.load_policy(amft.Config(device="cpu", model=model, max_new_tokens=34), task)
+    amft.torch.manual_seed(0)
+    twins = amft.rollout(policy, tokenizer, 2 * [task.sample("train", random.Random(0))], 4, 34)
+    return twins.batch.responses, torch.rand(3)
+
+
+def test_ranks_have_random_streams_of_their_own_and_one_in_common(tiny, tmp_path):
+    """One prompt, played by both ranks: no sample of one is a sample of the other. Afterwards they are in step."""
+    (responses, after), other = ranks(tmp_path, sampled, tiny)
+    assert same((responses, after), other) and len({tuple(row) for row in responses.tolist()}) == 8
+
+
 def test_ranks_of_a_run_are_equal_and_a_killed_run_goes_on(tiny, tmp_path):
     """Every rank has the same theta, moments, d/d mu and mu at the end, bit for bit; killed and resumed, the log is the same."""
     flags = "--steps", "7", "--warmup", "1", "--meta-every", "2", "--ppo-epochs", "2", "--prompts", "5"
