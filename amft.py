@@ -38,7 +38,8 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from tasks import TASKS, Batch, curves, encode_demos, generation, inputs, load_policy, read, say, show, table
+from tasks import (TASKS, Batch, curves, encode_demos, generation, inputs, load_policy, read, say, show, sliced,
+                   table)
 
 # --- Configuration: the flags. Their comments are what --help prints ---
 
@@ -202,9 +203,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=1.0):
 
 def value_function(model, lr=1e-3):
     """phi: last hidden state -> a token's value."""
-    width = model.get_input_embeddings().weight.shape[1]
-    phi = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
-    phi = phi.to(model.device)
+    width, nn = model.get_input_embeddings().weight.shape[1], torch.nn
+    phi = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)).to(model.device)
     phi.optimizer = torch.optim.Adam(phi.parameters(), lr=lr)
     return phi
 
@@ -267,36 +267,37 @@ def sft_gradient(model, batch, config, loss=lambda logps, mask, tokens, rows: sf
     grad, logps, _ = loss_gradient(model, batch, mask, part, config)
     return grad, logps, sft_loss(logps, batch.mask).item()
 
-# --- The step theta' = step(theta, g(mu), Adam's state), and its derivative in mu ---
+# --- The step, and its derivative in mu ---
 
-class AdamState(NamedTuple):
-    m: torch.Tensor  # (N,) first moment
-    v: torch.Tensor  # (N,) second moment
-    step: int
+AdamState = NamedTuple("AdamState", [("m", torch.Tensor), ("v", torch.Tensor), ("step", int)])  # moments (N,)
 
-def adamw_step(theta, grad, state, lr, max_norm=1.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8):
-    """clip_grad_norm_, then AdamW, as a pure function: (theta', state'). All tensors (N,)."""
-    grad = grad * (max_norm / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0)
-    step = state.step + 1
-    m = betas[0] * state.m + (1 - betas[0]) * grad
-    v = betas[1] * state.v + (1 - betas[1]) * grad * grad
-    # A token that never occurs has v = 0, where d sqrt(v) = 0/0: keep it out; its derivative is 0.
-    root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)
-    update = (m / (1 - betas[0] ** step)) / (root / math.sqrt(1 - betas[1] ** step) + eps)
-    return theta * (1 - lr * weight_decay) - lr * update, AdamState(m, v, step)
+def adamw(theta, grad, m, v, norm, step, lr, max_norm=1.0, weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8):
+    """(theta', m', v') of some entries; norm: |grad| of all."""
+    grad = grad * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad * grad
+    root = v.clamp(min=1e-37).sqrt()  # a token that never occurs has v = 0, where d sqrt(v) would be 0/0
+    update = m / (1 - b1 ** step) / (root / math.sqrt(1 - b2 ** step) + eps)
+    return theta * (1 - lr * weight_decay) - lr * update, m, v
+
+def adamw_step(theta, grad, state, **how):
+    """clip_grad_norm_, then AdamW: (theta', state'). All tensors (N,)."""
+    step = partial(adamw, norm=grad.norm(), step=state.step + 1, **how)
+    theta, m, v = sliced(step, theta, grad, *state[:2])
+    return theta, AdamState(m, v, state.step + 1)
 
 def step_sensitivity(theta, g_rl, g_sft, mu, state, last=None, trace=0.0, **how):
-    """d (theta', m', v')/d mu, each (N,), of the step that is taken: exact through clipping, moments and eps.
+    """d (theta', m', v')/d mu, each (N,), of the step that is taken: exact through clipping, moments, eps.
 
-    Differs from Eq. 5, which differentiates plain SGD. `last`, the step before's, enters at the share trace:
-    mu was larger at past steps, by trace^i at the i-th last, and what momentum has still to pay is counted
-    (Xu et al. 2018; as there, without the gradients' Hessian). Forward mode needs only the step."""
-    def step(mu, theta, m, v):
-        theta, after = adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, AdamState(m, v, state.step), **how)
-        return theta, after.m, after.v
-    mu = torch.as_tensor(mu, dtype=theta.dtype, device=theta.device)
-    moved = [torch.zeros_like(theta) if last is None else trace * x for x in last or range(3)]
-    return torch.func.jvp(step, (mu, theta, state.m, state.v), (torch.ones_like(mu), *moved))[1]
+    `last`, the step before's, enters at the share trace: mu was larger at past steps, by trace^i at the i-th
+    last, and momentum has still to pay (Xu et al. 2018; as there, without the gradients' Hessian)."""
+    g = (1 - mu) * g_rl + mu * g_sft
+    norm, d_norm = g.norm(), (g @ g_sft - g @ g_rl) / (g.norm() + 1e-30)
+    del g  # memory
+    def slopes(theta, m, v, g_rl, g_sft, d_theta, d_m, d_v):  # forward mode
+        values = theta, (1 - mu) * g_rl + mu * g_sft, m, v, norm
+        tangents = trace * d_theta, g_sft - g_rl, trace * d_m, trace * d_v, d_norm
+        return torch.func.jvp(partial(adamw, step=state.step + 1, **how), values, tangents)[1]
+    return sliced(slopes, theta, *state[:2], g_rl, g_sft, *last or 3 * [0 * theta])
 
 # --- The meta-gradient (Eqs. 4-5) and the controller (Eq. 6) ---
 
@@ -456,23 +457,23 @@ def train(config, method, task, model, tokenizer, run):
         old = None  # log-probabilities of the policy that sampled
         for s.update in range(config.ppo_epochs if s.rollouts else 1):
             # Their two gradients. (Eqs. 1-2)
-            s.g_rl = s.g_sft = torch.zeros_like(theta)
+            s.g_rl = s.g_sft = theta.new_zeros(1).expand_as(theta)
             if s.rollouts:
                 s.g_rl, logps, s.row["rl_loss"] = rl_gradient(
                     model, s.rollouts.batch, s.advantages, config, old)
                 old = logps if old is None else old
             if s.demos:
-                loss = partial(method.imitation_loss, s)
-                s.g_sft, _, s.row["sft_loss"] = sft_gradient(model, s.demos, config, loss)
+                s.g_sft, _, s.row["sft_loss"] = sft_gradient(
+                    model, s.demos, config, partial(method.imitation_loss, s))
             # Controller: mu, from the meta-gradient and the entropy. (Eqs. 4-6)
             s.mu = method.mu(s) if s.update == 0 else s.mu
-            # One step on the unified loss, and d theta'/d mu for the next meta-gradient. (Eq. 3)
-            g = (1 - s.mu) * s.g_rl + s.mu * s.g_sft
+            # d theta'/d mu for the next meta-gradient, and a step on the unified loss. (Eq. 3)
             method.moved(s)
-            theta, adam = s.theta, s.adam = adamw_step(s.theta, g, s.adam, s.lr)
+            s.g = (1 - s.mu) * s.g_rl + s.mu * s.g_sft
+            s.row.update({"grad_norm" + x: vars(s)["g" + x].norm().item() for x in ("", "_rl", "_sft")})
+            del s.g_rl, s.g_sft  # memory
+            theta, adam = s.theta, s.adam = adamw_step(s.theta, s.g, s.adam, lr=s.lr)
             vector_to_parameters(theta, model.parameters())
-        s.row.update(grad_norm=g.norm().item(), grad_norm_rl=s.g_rl.norm().item(),
-                     grad_norm_sft=s.g_sft.norm().item())
         run.log_step(s)
         if config.val_every and t % config.val_every == 0 and t < config.steps:
             run.report(t, model, tokenizer, task, config, ["val"])
@@ -534,7 +535,7 @@ class Run:
             if not self.state.exists():
                 os.truncate(self.log, len(self.log.open("rb").readline()))
                 self.t = 0
-                return theta, AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
+                return theta, AdamState(0 * theta, 0 * theta, 0)
             state = torch.load(self.state, map_location=theta.device, weights_only=True)
             if state["theta"].shape != theta.shape or state["log"] > self.log.stat().st_size:
                 raise ValueError("it belongs to another model or log")

@@ -697,6 +697,16 @@ def say(model, tokenizer, ids, attention, cache, done, how):
     return out, own, (torch.stack(watcher.columns, 1) * own).sum().item(), ~done & ~ended.any(1)
 
 
+def sliced(step, *vectors, size=2 ** 22):
+    """What step makes of vectors (N,) entry by entry, three vectors (N,), by slices: all between is of their size."""
+    made = [torch.empty_like(vectors[0]) for _ in range(3)]
+    for i in range(0, len(vectors[0]), size):
+        # Cloned: in forward mode the tangent of a view takes as much memory as the whole.
+        for x, part in zip(made, step(*(x[i:i + size].clone() for x in vectors))):
+            x[i:i + size] = part
+    return made
+
+
 def load_policy(config, task):
     """(model, tokenizer) of a checkpoint folder or hub name, checked against the task."""
     logging.disable_progress_bar()

@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from fractions import Fraction
 from functools import partial
@@ -32,6 +33,8 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from transformers import (AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlavaConfig,
                           LlavaForConditionalGeneration)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -433,6 +436,93 @@ def test_own_meta_gradient_is_unbiased_whatever_the_value_function_says(monkeypa
                   for g, r, scale in (sampled(reward, lam) for _ in range(repetitions))]
         return (np.mean(slopes) - truth) / (np.std(slopes, ddof=1) / math.sqrt(repetitions))
     assert abs(z_of(reward, 1.0)) < 4.5 and abs(z_of(always, 1.0)) < 4.5 and z_of(always, 0.0, 160) > 3
+
+
+@pytest.mark.parametrize("max_norm", [1e6, 0.1])
+@pytest.mark.parametrize("with_last", [False, True])
+def test_slices_give_the_step_and_its_derivative_of_the_whole(max_norm, with_last, monkeypatch):
+    """In slices that do not divide N, against forward mode through a textbook step of the whole vector, which clips by
+    the length of the whole: the one thing that ties slices together."""
+    N, mu, trace, step, lr = 23, 0.3, 0.7, 4, 0.05
+    theta, g_rl, g_sft, m, v, *last = torch.randn(8, N, dtype=torch.float64)
+    last, v = last if with_last else None, v ** 2
+
+    def whole(mu, theta, m, v):
+        grad = (1 - mu) * g_rl + mu * g_sft
+        grad = grad * torch.clamp(max_norm / (torch.linalg.vector_norm(grad) + 1e-6), max=1.0)
+        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad ** 2
+        return theta - lr * (m / (1 - 0.9 ** step)) / ((v / (1 - 0.999 ** step)).sqrt() + 1e-8), m, v
+    mus = torch.tensor(mu, dtype=torch.float64)
+    moved = [trace * x for x in last] if with_last else [torch.zeros_like(theta)] * 3
+    expected, slopes = torch.func.jvp(whole, (mus, theta, m, v), (torch.ones_like(mus), *moved))
+    for size in (5, N, 1):
+        monkeypatch.setattr(amft, "sliced", partial(tasks.sliced, size=size))
+        state, how = amft.AdamState(m, v, step - 1), dict(lr=lr, max_norm=max_norm)
+        after, adam = amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, **how)
+        for actual, right in zip((after, adam.m, adam.v), expected):
+            torch.testing.assert_close(actual, right, rtol=1e-12, atol=1e-14)
+        for actual, right in zip(amft.step_sensitivity(theta, g_rl, g_sft, mu, state, last, trace, **how), slopes):
+            torch.testing.assert_close(actual, right, rtol=1e-12, atol=1e-14)
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, as their storages come and go: `peak` is the most at one time."""
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.sizes = 0, 0, {}
+
+    def gone(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, out)):
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.sizes:
+                self.sizes[key] = x.untyped_storage().nbytes()
+                weakref.finalize(x.untyped_storage(), self.gone, key)
+                self.now += self.sizes[key]
+        self.peak = max(self.peak, self.now)
+        return out
+
+
+def test_floats_a_parameter_at_the_peak_of_a_run(tmp_path, tokenizer, monkeypatch, unevaluated, rewarded):
+    """theta (the model's own), Adam's m and v, three d/d mu, two gradients and the three new d/d mu: 11 floats of memory a
+    parameter at the peak of whole AMFT steps, and what slices of N/64 need. While gradients are made, when activations
+    come on top, 9 or 10. A model whose activations are small; what generation needs is not counted."""
+    folder = tmp_path / "wide"
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(amft.Run, "save", lambda *_: None)
+    true = tasks.sliced
+    monkeypatch.setattr(amft, "sliced", lambda *a: true(*a, size=max(true.__kwdefaults__["size"] >> 8, len(a[1]) >> 6)))
+    peaks, alive = {}, Alive()
+
+    def watched(name, true):
+        def watch(*args, **kwargs):
+            before, alive.peak = alive.peak, alive.now
+            result = true(*args, **kwargs)
+            peaks[name], alive.peak = max(peaks.get(name, 0), alive.peak), max(alive.peak, before)
+            return result
+        return watch
+    for name in ("rl_gradient", "sft_gradient", "meta_gradient", "step_sensitivity", "adamw_step"):
+        monkeypatch.setattr(amft, name, watched(name, getattr(amft, name)))
+    rollout = amft.rollout
+
+    def uncounted(*args):
+        with _disable_current_modes():
+            return rollout(*args)
+    monkeypatch.setattr(amft, "rollout", uncounted)
+    with alive:
+        tiny_run(str(folder), tmp_path / "run", "--prompts", "2", "--samples", "2", "--sft-batch", "2", "--micro-batch", "1",
+                 "--warmup", "0", "--steps", "2", "--meta-every", "1", "--advantage", "group", "--demos", "50")
+    N = len(final_policy(tmp_path / "run"))
+    floats = {name: peak / 4 / N for name, peak in peaks.items()}
+    assert 11 < alive.peak / 4 / N < 11.6, floats  # a lower one means that this no longer counts all
+    assert 11 < floats.pop("step_sensitivity") and 10 < floats.pop("adamw_step") < 10.3
+    assert len(floats) == 3 and max(floats.values()) < 10.2 and floats["rl_gradient"] < 9.2
 
 
 def test_mu_follows_the_logged_meta_gradients(tiny, tmp_path, monkeypatch, unevaluated, rewarded):

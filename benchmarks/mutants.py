@@ -22,19 +22,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 240  # for the tests of a row
 TESTS = {"amft.py": "test_amft.py", "tasks.py": "test_amft.py", "base/make.py": "test_amft.py",
-         "compare/rivals.py": "compare/test_rivals.py"}
+         "compare/rivals.py": "compare/test_rivals.py", "recipes/parallel.py": "recipes/test_parallel.py"}
 FORGET = 'vars(method).update(state["method"], config=method.config)'
 MUTANTS = [
     # the step
-    ("amft.py", "(torch.linalg.vector_norm(grad) + 1e-6)", "(grad.abs().max() + 1e-6)", "step_equals_torch"),
-    ("amft.py", "m / (1 - betas[0] ** step)", "m", "step_equals_torch"),
+    ("amft.py", "norm=grad.norm(), step", "norm=grad.abs().max(), step", "step_equals_torch"),
+    ("amft.py", "m / (1 - b1 ** step)", "m", "step_equals_torch"),
     ("amft.py", "theta * (1 - lr * weight_decay)", "theta * (1 - weight_decay)", "step_equals_torch"),
-    ("amft.py", "root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)", "root = v.sqrt()",
+    ("amft.py", "root = v.clamp(min=1e-37).sqrt()", "root = v.sqrt()",
      "sensitivity_is_finite"),
     # the sensitivity
-    ("amft.py", "(1 - mu) * g_rl + mu * g_sft, AdamState", "mu * g_rl + (1 - mu) * g_sft, AdamState", "finite_difference"),
-    ("amft.py", "else trace * x for x in last", "else x for x in last", "with_a_trace"),
-    ("amft.py", "AdamState(m, v, state.step), **how)", "AdamState(m, state.v, state.step), **how)", "with_a_trace"),
+    ("amft.py", "theta, (1 - mu) * g_rl + mu * g_sft, m", "theta, mu * g_rl + (1 - mu) * g_sft, m", "finite_difference"),
+    ("amft.py", "tangents = trace * d_theta", "tangents = d_theta", "with_a_trace"),
+    ("amft.py", "trace * d_m, trace * d_v, d_norm", "trace * d_m, 0 * d_v, d_norm", "with_a_trace"),
+    ("amft.py", "trace * d_v, d_norm", "trace * d_v, 0 * d_norm", "finite_difference"),
+    ("amft.py", "del s.g_rl, s.g_sft  # memory", "pass", "floats_a_parameter"),
+    ("amft.py", "theta.new_zeros(1).expand_as(theta)", "torch.zeros_like(theta)", "floats_a_parameter"),
+    ("tasks.py", "x[i:i + size].clone() for", "x[i:i + size] for", "floats_a_parameter"),
+    ("tasks.py", "size=2 ** 22", "size=2 ** 40", "floats_a_parameter"),
+    ("tasks.py", "x[i:i + size] = part", "x[:len(part)] = part", "slices_give"),
     ("amft.py", "s.g_sft, s.mu, s.adam, self.tangents, fade", "s.g_sft, s.mu, s.adam, None, fade", "hang_together"),
     ("amft.py", "s.g_sft, s.mu, s.adam, self", "s.g_sft, self.config.mu, s.adam, self", "hang_together"),
     ("amft.py", "self.tangents, fade, lr=s.lr)", "self.tangents, fade, lr=self.config.lr)", "hang_together"),
@@ -42,9 +48,7 @@ MUTANTS = [
      "hang_together"),
     ("amft.py", "(1 - (t - 1) / config.steps)", "(1 - t / config.steps)", "hang_together"),
     ("amft.py", "fade = 1.0 if s.update else self.config.trace", "fade = self.config.trace", "fades_once"),
-    ("amft.py", "            method.moved(s)\n            theta, adam = s.theta, s.adam = adamw_step(s.theta, g, s.adam, s.lr)\n",
-     "            theta, adam = s.theta, s.adam = adamw_step(s.theta, g, s.adam, s.lr)\n            method.moved(s)\n",
-     "hang_together"),
+    ("amft.py", "            method.moved(s)\n", "            s.theta = s.theta - s.lr * s.g_rl\n            method.moved(s)\n", "hang_together"),
     # the meta-gradient
     ("amft.py", "(logps_of(model, part, config.temperature) * part.mask).sum(1)",
      "logps_of(model, part, config.temperature)[:, 0]", "slow_loop or unbiased"),
@@ -122,7 +126,7 @@ MUTANTS = [
     ("tasks.py", "out.index_fill(-1, token, -1e9)", "out", "cannot_say"),
     # the loop
     ("amft.py", 'random.Random(f"step {config.seed} {t}")', "random.Random()", "same_seed"),
-    ("amft.py", "g = (1 - s.mu) * s.g_rl + s.mu * s.g_sft", "g = s.g_rl + s.mu * s.g_sft", "mu_one or gradient_of_its_loss"),
+    ("amft.py", "s.g = (1 - s.mu) * s.g_rl + s.mu * s.g_sft", "s.g = s.g_rl + s.mu * s.g_sft", "mu_one or gradient_of_its_loss"),
     ("amft.py", "how = config.samples, config.max_new_tokens, config.temperature", "how = config.samples, config.max_new_tokens",
      "target_entropy_is_measured"),
     ("amft.py", "s.sampled += len(seen.episodes)", "s.sampled += 0", "budget or same_seed"),
@@ -176,6 +180,19 @@ MUTANTS = [
     ("compare/rivals.py", "(s.t - c.warmup) % c.meta_every == 0", "True", "three_proxies"),
     ("compare/rivals.py", "self.spent += 0 if s.update else s.sampled", "self.spent += 0", "shared_out"),
     ("compare/rivals.py", " - c.prompts * looks(c, s.t)", "", "shared_out"),
+    # several processes
+    ("recipes/parallel.py", "torch.manual_seed(seed + RANK)", "torch.manual_seed(seed)", "streams"),
+    ("recipes/parallel.py", "return total(grad), total(logps)", "return grad, total(logps)", "two_ranks"),
+    ("recipes/parallel.py", "return total(grad), total(logps)", "return total(grad), logps", "two_ranks"),
+    ("recipes/parallel.py", "order = torch.tensor(place).argsort()", "order = torch.arange(len(place))", "two_ranks"),
+    ("recipes/parallel.py", "left = S - right", "left = 0 * S - 0 * right", "two_ranks"),
+    ("recipes/parallel.py", "for part in parts], tokens)", "for part in parts], turns)", "two_ranks"),
+    ("recipes/parallel.py", "P * (P - 1) * error ** 2 + P * mean ** 2", "P * (P - 1) * error ** 2", "two_ranks"),
+    ("recipes/parallel.py", "return None, total(states)", "return None, states", "two_ranks"),
+    ("recipes/parallel.py", "        result = super().restore(*args)\n", "        result = super().restore(*args[:1], None, args[2])\n",
+     "ranks_of_a_run"),
+    ("recipes/parallel.py", "set(everyones((bits, s.mu)))", "set(everyones(s.mu))", "one_line"),
+    ("recipes/parallel.py", 'if store.add("said", 1) == 1 and line:', "if line:", "one_line"),
     # the tasks
     ("tasks.py", "if sorted(used) != sorted(self.numbers):", "if set(used) != set(self.numbers):", "hostile or bracketing"),
     ("tasks.py", "return outcome if outcome == \"no_answer\" or self.recognised(response) else \"wrong_cards\"", "return outcome",
