@@ -615,6 +615,8 @@ def check_texts(model, tokenizer, task, max_new_tokens):
             back = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
             if back.split() != text.split():
                 raise ValueError(f"its tokenizer cannot encode the task: a text comes back as {back[-60:]!r}")
+        if tokenizer.unk_token_id in {*prompt, *sum(responses, [])} - {tokenizer.eos_token_id, None}:
+            raise ValueError(f"its tokenizer cannot encode all of {episode.source or 'a text'}")
         if max(max(ids, default=0) for ids in (prompt, *responses)) >= rows:
             raise ValueError(f"its tokenizer has tokens that the model lacks, which has {rows}")
         if len(prompt) + max_new_tokens > room:

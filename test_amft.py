@@ -2217,16 +2217,16 @@ def test_equal_numbers_in_different_forms(answer_, box, outcome):
 
 def test_a_readers_own_problems(tiny, tmp_path, capsys):
     rng, file = random.Random(SEED), tmp_path / "own.jsonl"
-    problems = [tasks.chain(rng, 2) for _ in range(80)]
+    problems = [tasks.chain(rng, 2) for _ in range(400)]
     rows = [dict(prompt=p.prompt, solution=p.solution, answer=p.answer) for p in problems]
     rows[0]["solution"] = rows[0]["solution"].split("Answer")[0]  # GSM8K has no box: one is added
     file.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
     task = tasks.Mathematics(data=str(file), heldout=0.25)
-    roles = {split: {task.sample(split, rng).prompt for _ in range(600)} for split in ["train", *task.splits]}
+    roles = {split: {task.sample(split, rng).prompt for _ in range(6000)} for split in ["train", *task.splits]}
     assert roles["train"] == roles["id"] and set.union(*roles.values()) == {row["prompt"] for row in rows}
     for a, b in itertools.combinations(("train", "val", "heldout"), 2):
         assert not roles[a] & roles[b]
-    assert 10 <= len(roles["heldout"]) <= 30 and 10 <= len(roles["val"]) <= 30
+    assert 65 <= len(roles["heldout"]) <= 135 and 65 <= len(roles["val"]) <= 135
     log = tiny_run(tiny, tmp_path / "run", "--task", "math", "--data", str(file), "--max-new-tokens", "60", "--steps",
                    "4", "--eval-n", "4")
     assert log[-1]["kind"] == "final" and {r["split"] for r in log if r["kind"] == "eval"} == {"val", "id", "heldout"}
