@@ -719,9 +719,11 @@ def log_softmax_at(logits, ids):
 class TokenLogps(torch.autograd.Function):
     """log_softmax_at, without what it keeps. V is large: log_softmax keeps a copy of (B, T, V), and its gradient makes two
     more. Here the logits stay as they are and their gradient is the only copy: both go a few rows at a time."""
+    at_once = 2 ** 24  # logits
+
     @staticmethod
     def few(*tensors):
-        return zip(*(x.split(max(1, 2 ** 24 // tensors[0][0].numel())) for x in tensors))
+        return zip(*(x.split(max(1, TokenLogps.at_once // tensors[0][0].numel())) for x in tensors))
 
     @staticmethod
     def forward(ctx, logits, ids):
