@@ -107,7 +107,7 @@ class Rollouts(NamedTuple):  # G conversations with each of P episodes, a prompt
     success: torch.Tensor  # (P, G), 1.0 where the episode was solved: R_explicit of Eq. 1
     graded: torch.Tensor  # (B, T), the task's points, at each response's last token
     entropy: float  # at temperature 1, mean over sampled tokens, nats
-    truncated: float  # share of responses without EOS
+    truncated: float  # share of responses without an end
 
 @torch.no_grad()
 def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperature=1.0):
@@ -135,7 +135,7 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
         graded = torch.cat([graded, points], 1)
         if done.all():
             break
-        # A finished conversation is shown one EOS: generate wants no padding there.
+        # A finished conversation is shown one end: generate wants no padding there.
         shown = ["" if over else text for text, over in zip(shown, done.tolist())]
         observed, real, pictures = show(model, tokenizer, played, shown)
         if ids.shape[1] + observed.shape[1] + max_new_tokens > room_of(model):

@@ -577,8 +577,8 @@ def encode_shown(model, tokenizer, text, first=True):
         text = tokenizer.apply_chat_template(before + [dict(role="user", content=text)], tokenize=False,
                                              add_generation_prompt=True)
         if not first:  # an observation follows the end of turn, which the policy itself has said
-            text = text.split(SAID)[-1]
-            text = text.partition(tokenizer.eos_token)[2] if tokenizer.eos_token in text else text
+            text, end = text.split(SAID)[-1], end_of_turn(tokenizer)
+            text = text.partition(end)[2] if end in text else text
     return tokenizer(text, add_special_tokens=first and not tokenizer.chat_template)["input_ids"]
 
 
@@ -597,7 +597,7 @@ def end_of_turn(tokenizer):
 
 def ends_of(model, tokenizer):
     """Ids of all tokens that end a response: the one that is taught first, then the checkpoint's others."""
-    known = [tokenizer.eos_token_id]
+    known = [tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)), tokenizer.eos_token_id]
     for ids in (model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id):
         known += ids if isinstance(ids, list) else [ids]
     return [i for i in dict.fromkeys(known) if i is not None]
@@ -650,22 +650,23 @@ def pixels_of(images, device):
 
 
 def show(model, tokenizer, episodes, texts, first=False):
-    """(ids, attention, each (B, width) and left-padded, pixels) of the texts that episodes show; "" is one EOS."""
-    ids = [encode_shown(model, tokenizer, text, first) if text else [tokenizer.eos_token_id] for text in texts]
+    """(ids, attention, each (B, width) and left-padded, pixels) of the texts that episodes show; "" is one end."""
+    end = ends_of(model, tokenizer)[:1]
+    ids = [encode_shown(model, tokenizer, text, first) if text else end for text in texts]
     pixels = [pixels_of([e.image] if IMAGE in text else [], model.device) for e, text in zip(episodes, texts)]
     return *pad(ids, tokenizer, model.device, "left"), pixels
 
 
 def encode_demos(model, tokenizer, episodes):
     """Batch of the episodes' demonstrations."""
-    prompts, rests, masks, pixels = [], [], [], []
+    prompts, rests, masks, pixels, end = [], [], [], [], ends_of(model, tokenizer)[:1]
     for turns in (episode.demonstration() for episode in episodes):
         prompts.append(encode_shown(model, tokenizer, turns[0].shown))
         rest, mask = [], []
         for i, turn in enumerate(turns):
             shown = encode_shown(model, tokenizer, turn.shown, first=False) if i else []
-            # EOS carries loss, or the policy would never learn to stop.
-            said = tokenizer(turn.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            # The end carries loss, or the policy would never learn to stop.
+            said = tokenizer(turn.response, add_special_tokens=False)["input_ids"] + end
             rest, mask = rest + shown + said, mask + [0.0] * len(shown) + [float(turn.learn)] * len(said)
         rests.append(rest)
         masks.append(torch.tensor(mask, device=model.device))
@@ -742,16 +743,16 @@ class TokenLogps(torch.autograd.Function):
 
 
 class Watcher(LogitsProcessor):
-    """Reads the entropy off the logits that generation computes anyway; has conversations that are done say EOS."""
-    def __init__(self, done, eos):
-        self.done, self.eos, self.columns = done, eos, []  # done (B,)
+    """Reads the entropy off the logits that generation computes anyway; has conversations that are done say the end."""
+    def __init__(self, done, end):
+        self.done, self.end, self.columns = done, end, []  # done (B,)
 
     def __call__(self, ids, logits):
         logp = logits.float().log_softmax(-1)
         self.columns.append(-(logp.exp() * logp).sum(-1))
         if self.done.any():
             logits = logits.masked_fill(self.done.unsqueeze(1), -torch.inf)
-            logits[self.done, self.eos] = 0.0
+            logits[self.done, self.end] = 0.0
         return logits
 
 
@@ -771,7 +772,7 @@ def read(model, ids, attention, pixels, cache=None):
 
 def say(model, tokenizer, ids, attention, cache, done, how):
     """A response of each conversation -> (ids (B, S'), which new ones count (B, n), sum of entropies, cut (B,))."""
-    watcher = Watcher(done, tokenizer.eos_token_id)
+    watcher = Watcher(done, how.eos_token_id[0])
     out = model.generate(ids, attention_mask=attention, past_key_values=cache, logits_processor=[watcher],
                          generation_config=how)
     # Finished before this token? Told by the end that came, never by ids == pad: pad may be an end, or be sampled.
@@ -810,8 +811,7 @@ def load_policy(config, task, learns=True):
 
 def prepare(model, tokenizer, config):
     """Of the checkpoint's settings keep those that a policy may have, which says what it says by its logits alone."""
-    tokenizer.eos_token = end_of_turn(tokenizer)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)
     # Its own configuration would enter generate wherever ours is silent: penalties, forced and forbidden tokens.
     model.generation_config = GenerationConfig(eos_token_id=ends_of(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
                                                bos_token_id=tokenizer.bos_token_id)
@@ -823,9 +823,13 @@ def prepare(model, tokenizer, config):
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             vars(layer).update({name: 0.0 for name, p in vars(layer).items() if "dropout" in name and isinstance(p, float)})
-        # A layer does this in training mode only, and then without a cache. What is in it stays in evaluation mode: dropout
-        # would make another policy of it.
-        model.register_forward_pre_hook(lambda *_: [setattr(layer, "training", torch.is_grad_enabled()) for layer in layers])
+
+        def where_it_learns(*_):
+            # A layer does this in training mode only, and then without a cache. What is in it stays in evaluation mode:
+            # dropout would make another policy of it.
+            for layer in layers:
+                layer.training = torch.is_grad_enabled()
+        model.register_forward_pre_hook(where_it_learns)
 
 
 def rehearse(model, tokenizer, episode, learns):

@@ -106,7 +106,7 @@ MUTANTS = [
      "positions = torch.arange(attention.shape[1], device=attention.device).expand_as(attention)", "absolute_positions"),
     ("tasks.py", "attention_mask=attention, position_ids", "attention_mask=torch.ones_like(attention), position_ids", "company"),
     ("tasks.py", "position_ids=positions[:, start:]", "position_ids=positions[:, :ids.shape[1] - start]", "sampled_from"),
-    ("tasks.py", "+ [tokenizer.eos_token_id]\n", "\n", "company"),
+    ("tasks.py", "[\"input_ids\"] + end\n", "[\"input_ids\"]\n", "company"),
     ("tasks.py", "own = ((ended.cumsum(1) - ended == 0) &", "own = ((ended.cumsum(1) == 0) &", "rollout_samples"),
     ("tasks.py", "top_k=0, top_p=1.0", "top_k=50, top_p=1.0", "frequencies"),
     ("tasks.py", "do_sample=True, temperature=temperature", "do_sample=True, temperature=1.0", "frequencies"),
