@@ -37,8 +37,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from tasks import (TASKS, Batch, TokenLogps, encode_demos, flatten, generation, load_policy, outputs, read,
-                   room_of, say, show, table, vector_to_parameters)
+from tasks import (TASKS, Batch, TokenLogps, device_of, encode_demos, flatten, generation, load_policy, outputs,
+                   read, room_of, say, show, table, vector_to_parameters)
 
 # --- Configuration: the flags. Their comments are what --help prints ---
 
@@ -84,7 +84,7 @@ class Config:
     val_every: int = flag(0, 0)  # steps between evaluations on val; 0: none
     seed: int = flag(0, 0, 2 ** 62)  # same seed, same CPU: same log
     device: str = flag("auto")  # auto: the first of cuda, mps, cpu that is there
-    micro_tokens: int = flag(16384, 1)  # tokens in a pass, a sequence at least: memory only
+    micro_tokens: int = flag(4096, 1)  # tokens in a pass, a sequence at least: memory only
     gradient_checkpointing: int = flag(0, 0, 1)  # less memory, more time
     bf16: int = flag(0, 0, 1)  # the policy in bfloat16; theta and its sums stay in float32
 
@@ -603,8 +603,6 @@ def parse(argv, methods, config_class):
 
 def check(config, method):
     """Raise ValueError, one line; settle on a device."""
-    if config.device == "auto":
-        config.device = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     low, high, most = config.mu_min, config.mu_max, max(config.prompts, config.sft_batch)
     for ok, right in ((config.warmup <= config.steps, f"--warmup {config.warmup}: at most --steps"),
                       (config.demos >= most, f"--demos {config.demos}: at least --prompts and --sft-batch"),
@@ -612,10 +610,7 @@ def check(config, method):
                       ("mu_min" in method.unused or low <= config.mu <= high, f"--mu: in [{low}, {high}]")):
         if not ok:
             raise ValueError(right)
-    try:
-        torch.zeros(1, device=config.device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {config.device}: is not here ({str(error).splitlines()[0][:80]})")
+    config.device = device_of(config.device)
 
 def main(argv=None, methods=METHODS, config_class=Config):
     run = None

@@ -781,6 +781,17 @@ def say(model, tokenizer, ids, attention, cache, done, how):
     return out, own, (torch.stack(watcher.columns, 1) * own).sum().item(), ~done & ~ended.any(1)
 
 
+def device_of(name):
+    """The name of a device that is here; of auto the first of cuda, mps, cpu."""
+    if name == "auto":
+        name = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: is not here ({str(error).splitlines()[0][:80]})")
+    return name
+
+
 def load_policy(config, task, learns=True):
     """(model, tokenizer) of a checkpoint folder or hub name, checked against the task, and that it learns."""
     logging.disable_progress_bar()
