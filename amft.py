@@ -37,8 +37,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from tasks import (TASKS, Batch, TokenLogps, device_of, encode_demos, flatten, generation, load_policy, outputs,
-                   read, room_of, say, show, table, vector_to_parameters)
+from tasks import (TASKS, Batch, TokenLogps, device_of, encode_demos, flatten, generation, load_policy,
+                   outputs, read, room_of, say, show, table, vector_to_parameters)
 
 # --- Configuration: the flags. Their comments are what --help prints ---
 
@@ -88,7 +88,8 @@ class Config:
     gradient_checkpointing: int = flag(0, 0, 1)  # less memory, more time
     bf16: int = flag(0, 0, 1)  # the policy in bfloat16; theta and its sums stay in float32
 
-EVALUATES = "task model data data_test eval_n temperature max_new_tokens device bf16 smoke eval_only".split()
+EVALUATES = ("task model data data_test eval_n temperature max_new_tokens device bf16"
+             " smoke eval_only").split()
 SMOKE = dict(steps=9, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, meta_every=2, eval_n=40)
 
 # --- Policy: the log-probabilities of token ids ---
@@ -230,7 +231,7 @@ def micro(batch, used, config):
     return rows.split(max(1, config.micro_tokens // batch.ids.shape[1])) if len(rows) else ()
 
 def gradient(model, loss, grad=None):
-    """d loss/d theta (N,), in float32 at least, added to `grad` in place; 0 for what the loss does not use."""
+    """d loss/d theta (N,), in float32 at least, added to `grad` in place; 0 where the loss uses nothing."""
     grad = torch.zeros_like(flatten(model)) if grad is None else grad
     parts = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     for mine, part in zip(grad.split([part.numel() for part in parts]), parts):

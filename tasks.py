@@ -795,7 +795,7 @@ def device_of(name):
 def load_policy(config, task, learns=True):
     """(model, tokenizer) of a checkpoint folder or hub name, checked against the task, and that it learns."""
     logging.disable_progress_bar()
-    episode, here = task.examples()[0], Path(__file__).resolve().parent
+    episode, here = task.sample("train", random.Random(0)), Path(__file__).resolve().parent
     eyes = episode.image is not None
     source = "base-vl" if eyes and config.model == "base" else config.model
     source = here / source if (here / source / "config.json").exists() else source
@@ -858,7 +858,8 @@ def rehearse(model, tokenizer, episode, learns):
         ids, attention = ids.repeat(2, 1), attention.repeat(2, 1)
         later = model(**inputs(ids, attention, 2 * [pixels[pictures:]], known + 1), past_key_values=cache).logits[:1, :-1]
         gap = [TokenLogps.apply(logits, batch.responses) * batch.mask for logits in (plain, later)]
-        if not (gap := (gap[0] - gap[1]).abs().sum() / batch.mask.sum()) < 0.1:
+        limit = 0.5 if plain.dtype == torch.bfloat16 else 0.1  # rounding is far below it, another policy far above
+        if not (gap := (gap[0] - gap[1]).abs().sum() / batch.mask.sum()) < limit:
             raise ValueError(f"padding and a cache change its log-probabilities, by {gap:.2f} a token")
         done = torch.zeros(2, dtype=torch.bool, device=model.device)
         say(model, tokenizer, ids, attention, cache, done, generation(model, tokenizer, 2, 0))

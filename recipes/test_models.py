@@ -187,7 +187,8 @@ def test_two_forms_of_the_meta_gradient(family, checkpoint, rewarded):
     slope, error = amft.meta_gradient(model, tangent, seen, config)
     model = copy.deepcopy(model).double()
     model.set_attn_implementation("eager")
-    model.set_experts_implementation("eager")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
     theta = {name: p.detach() for name, p in model.named_parameters()}
     moved = dict(zip(theta, (part.view_as(p) for p, part in zip(theta.values(), tangent.double().split(
         [p.numel() for p in theta.values()])))))
@@ -458,6 +459,22 @@ def test_every_length_is_checked(checkpoint, tmp_path, capsys):
     rows[5]["prompt"] = "What? " * 400
     error = fails([*start[:-3], write(tmp_path / "own.jsonl", rows), *start[-2:], "--max-new-tokens", max(lengths)], capsys)
     assert "line 6 has" in error and "more than the model's 512" in error
+
+
+def test_a_text_with_unknown_parts_is_refused(tmp_path, capsys):
+    """The tokenizer of the policy that lies here knows few words: those of a later line must not become <unk>."""
+    rows = [json.loads(line) for line in (HERE / "example.jsonl").read_text().split("\n")[:-1]]
+    rows[11]["prompt"] = rows[11]["prompt"].replace("How many", "How many blue")
+    file = write(tmp_path / "own.jsonl", rows)
+    assert "line 12" in fails(["--task", "math", "--device", "cpu", "--data", file, "--out", tmp_path / "run"], capsys)
+
+
+def test_the_longest_solution_is_not_a_demonstration_where_it_is_only_evaluated(checkpoint, tmp_path):
+    """Nor the policy's business: it may answer in fewer words."""
+    rows = sums(40)
+    rows[39]["solution"] = "long " * 60 + rows[39]["solution"]
+    task = tasks.Mathematics(data_test=write(tmp_path / "test.jsonl", rows))
+    amft.load_policy(configured(checkpoint("plain"), max_new_tokens=100, task="math"), task)
 
 
 def test_near_duplicates_have_one_role(tmp_path):
