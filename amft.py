@@ -35,11 +35,11 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from tasks import (TASKS, Batch, curves, encode_demos, generation, inputs, load_policy, read, say, show, sliced,
-                   table)
+from tasks import (
+    TASKS, Batch, TokenLogps, curves, device_of, encode_demos, flatten, generation, load_policy, outputs, read,
+    room_of, say, show, sliced, table, vector_to_parameters)
 
 # --- Configuration: the flags. Their comments are what --help prints ---
 
@@ -80,34 +80,25 @@ class Config:
     task: str = flag("gp", choices=tuple(TASKS))  # the task
     model: str = flag("base")  # checkpoint folder or hub name; base: the one here
     data: str = flag("")  # math: your problems, .jsonl: prompt, solution, answer
+    data_test: str = flag("")  # math: more of them, only evaluated
     eval_n: int = flag(400, 1)  # episodes of a split, at most
     val_every: int = flag(0, 0)  # steps between evaluations on val; 0: none
     seed: int = flag(0, 0, 2 ** 62)  # same seed, same CPU: same log
     device: str = flag("auto")  # auto: the first of cuda, mps, cpu that is there
-    micro_batch: int = flag(256, 1)  # sequences in a pass: memory only
+    micro_tokens: int = flag(4096, 1)  # tokens in a pass, a sequence at least: memory only
+    gradient_checkpointing: int = flag(0, 0, 1)  # less memory, more time
+    bf16: int = flag(0, 0, 1)  # the policy in bfloat16; theta and its sums stay in float32
 
-EVALUATES = "task model data eval_n temperature max_new_tokens device smoke eval_only".split()
+EVALUATES = "task model data data_test eval_n temperature max_new_tokens device bf16 smoke eval_only".split()
 SMOKE = dict(steps=9, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, meta_every=2, eval_n=40)
 
 # --- Policy: the log-probabilities of token ids ---
 
-def outputs(model, batch, temperature=1.0, hidden=False):
-    """(logits (B, T, V) that predict the response tokens, last hidden states (B, T, D) there, or None)."""
-    T = batch.mask.shape[1]
-    out = model(**inputs(batch.ids, batch.attention, batch.pixels), logits_to_keep=T + 1, use_cache=False,
-                output_hidden_states=hidden)
-    # Column t of the logits predicts column t + 1 of the ids: the response is predicted one column earlier.
-    states = out.hidden_states[-1][:, -T - 1:-1] if hidden else None
-    return out.logits[:, :-1] / temperature, states
-
-def token_logps(logits, ids):  # (B, T, V), (B, T) -> log-probability of each id (B, T)
-    return logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+def token_logps(logits, ids):  # log softmax(logits)[ids]: (B, T, V), (B, T) -> (B, T), float32 at least
+    return TokenLogps.apply(logits, ids)  # in little memory
 
 def logps_of(model, batch, temperature=1.0):  # (B, T)
     return token_logps(outputs(model, batch, temperature)[0], batch.responses)
-
-def flatten(model):  # theta (N,)
-    return parameters_to_vector(model.parameters()).detach()
 
 # --- Rollouts: conversations of the policy with the task ---
 
@@ -117,13 +108,12 @@ class Rollouts(NamedTuple):  # G conversations with each of P episodes, a prompt
     success: torch.Tensor  # (P, G), 1.0 where the episode was solved: R_explicit of Eq. 1
     graded: torch.Tensor  # (B, T), the task's points, at each response's last token
     entropy: float  # at temperature 1, mean over sampled tokens, nats
-    truncated: float  # share of responses without EOS
+    truncated: float  # share of responses without an end
 
 @torch.no_grad()
 def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperature=1.0):
     """G = `samples` conversations with each of P episodes; temperature 0 is greedy."""
-    device, how = model.device, generation(tokenizer, max_new_tokens, temperature)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    device, how = model.device, generation(model, tokenizer, max_new_tokens, temperature)
     ids, attention, pixels = show(model, tokenizer, episodes, [e.prompt for e in episodes], first=True)
     cache = read(model, ids, attention, pixels)  # each prompt once, not G times
     cache.batch_repeat_interleave(samples)
@@ -139,17 +129,17 @@ def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperatur
         entropy, cut = entropy + nats, cut + unfinished.sum().item()
         points, shown = torch.zeros_like(own), [""] * len(played)
         for row in (~done).nonzero().squeeze(1).tolist():  # the task answers
-            said = ids[row, width:][own[row].bool()]
-            text = tokenizer.decode(said[said != tokenizer.eos_token_id])
+            said = ids[row, width:][own[row].bool()].tolist()
+            text = tokenizer.decode([i for i in said if i not in how.eos_token_id])
             shown[row], points[row, len(said) - 1], done[row] = played[row].step(text)
         attention, mask = torch.cat([attention, own.long()], 1), torch.cat([mask, own], 1)
         graded = torch.cat([graded, points], 1)
         if done.all():
             break
-        # A finished conversation is shown one EOS: generate wants no padding there.
+        # A finished conversation is shown one end: generate wants no padding there.
         shown = ["" if over else text for text, over in zip(shown, done.tolist())]
         observed, real, pictures = show(model, tokenizer, played, shown)
-        if ids.shape[1] + observed.shape[1] + max_new_tokens > longest:
+        if ids.shape[1] + observed.shape[1] + max_new_tokens > room_of(model):
             break  # out of room: what is not solved by now stays unsolved
         ids, attention = torch.cat([ids, observed], 1), torch.cat([attention, real], 1)
         graded, mask = (torch.cat([x, torch.zeros_like(real, dtype=x.dtype)], 1) for x in (graded, mask))
@@ -221,7 +211,8 @@ def advantages_of(model, phi, rollouts, config):
         values, scale = group_advantages(rewards.sum(1).view_as(rollouts.success))
         return Advantages(values.reshape(-1, 1) * mask, scale)
     with torch.no_grad():  # phi learns beside theta on fixed features: theta moves by Eq. 3 alone
-        states = torch.cat([outputs(model, batch.rows(rows), hidden=True)[1] for rows in micro(mask, config)])
+        states = torch.cat([outputs(model, batch.rows(rows), hidden=True)[1]
+                            for rows in micro(batch, mask, config)])
     baseline = phi(states).squeeze(-1) * mask
     values, returns = gae(rewards, baseline.detach(), mask)
     phi.optimizer.zero_grad()
@@ -233,22 +224,26 @@ def advantages_of(model, phi, rollouts, config):
 
 # --- Their gradients ---
 
-def micro(used, config):
-    """Rows of `used` (B, T) that are not all 0, --micro-batch at a time; others add exactly nothing."""
+def micro(batch, used, config):
+    """Rows of `used` (B, T) that are not all 0, --micro-tokens at a time; others add exactly nothing."""
     rows = (used != 0).any(1).nonzero().squeeze(1)
-    return rows.split(config.micro_batch) if len(rows) else ()
+    return rows.split(max(1, config.micro_tokens // batch.ids.shape[1])) if len(rows) else ()
 
-def gradient(model, loss):  # (N,); 0 for what the loss does not use
-    grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
-    return torch.cat([grad.reshape(-1) for grad in grads])
+def gradient(model, loss, grad=None):
+    """d loss/d theta (N,), in float32 at least, added to `grad` in place; 0 where the loss uses nothing."""
+    grad = torch.zeros_like(flatten(model)) if grad is None else grad
+    parts = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+    for mine, part in zip(grad.split([part.numel() for part in parts]), parts):
+        mine += part.reshape(-1)
+    return grad
 
 def loss_gradient(model, batch, used, loss, config, temperature=1.0):
     """(gradient (N,), logps (B, T), value) of loss(logps (b, T), rows (b,)), summed over the rows used."""
     grad, logps, total = torch.zeros_like(flatten(model)), torch.zeros_like(batch.mask), 0.0
-    for rows in micro(used, config):
+    for rows in micro(batch, used, config):
         logp = logps_of(model, batch.rows(rows), temperature)
         value, logps[rows] = loss(logp, rows), logp.detach()
-        grad, total = grad + gradient(model, value), total + value.item()
+        grad, total = gradient(model, value, grad), total + value.item()
     return grad, logps, total
 
 def rl_gradient(model, batch, advantages, config, old_logps=None):
@@ -311,8 +306,10 @@ def meta_gradient(model, tangent, rollouts, config):
     slopes = torch.zeros(P, dtype=tangent.dtype, device=tangent.device)
     for p in advantages.any(1).nonzero().squeeze(1).tolist():  # elsewhere the slope is exactly 0
         part = rollouts.batch.rows(slice(p * G, (p + 1) * G))
-        logps = (logps_of(model, part, config.temperature) * part.mask).sum(1)  # (G,)
-        slopes[p] = gradient(model, (scale * advantages[p] * logps).mean()) @ tangent
+        def surrogate(logps, rows):
+            return (scale * advantages[p][rows] * (logps * part.mask[rows]).sum(1)).sum() / G
+        used = advantages[p].unsqueeze(1)
+        slopes[p] = loss_gradient(model, part, used, surrogate, config, config.temperature)[0] @ tangent
     return slopes.mean().item(), slopes.std().item() / math.sqrt(P)
 
 def own_meta_gradient(g_rl, tangent, batch, scale):
@@ -389,7 +386,7 @@ class SFTThenRL(Method):
 
 class AMFT(Method):
     """Eqs. 4-6. Its state: mu, H*, the evidence on dU/dmu, and d (theta, m, v)/d mu."""
-    unused, on, memory = [], "val", 0.98  # where U is measured; share of the evidence that a new estimate keeps
+    unused, on, memory = [], "val", 0.98  # whose prompts are U's; what the evidence keeps
     def __init__(self, config):
         super().__init__(config)
         self.now, self.target_entropy, self.evidence, self.tangents = config.mu, None, (0.0, 0.0), None
@@ -413,8 +410,9 @@ class AMFT(Method):
             return 1.0  # the warm-up
         if self.target_entropy is None:
             self.target_entropy = s.rollouts.entropy  # H*: of the first samples after the warm-up
-        self.now, self.evidence, forces = update_mu(self.now, s.rollouts.entropy, self.target_entropy,
-                                                    self.estimates(s), self.evidence, self.config, self.memory)
+        self.now, self.evidence, forces = update_mu(
+            self.now, s.rollouts.entropy, self.target_entropy, self.estimates(s), self.evidence, self.config,
+            self.memory)
         s.row.update(zip(("meta_force", "entropy_force"), forces), target_entropy=self.target_entropy)
         return self.now
 
@@ -437,7 +435,7 @@ def train(config, method, task, model, tokenizer, run):
     vector_to_parameters(theta, model.parameters())
     how = config.samples, config.max_new_tokens, config.temperature
     rng = random.Random(f"demos {config.seed}")
-    problems = [task.sample("train", rng) for _ in range(config.demos)]
+    problems = task.training(config.demos, rng)
     if run.t == 0:
         run.report(0, model, tokenizer, task, config)
     for t in tqdm(range(run.t + 1, config.steps + 1), initial=run.t, total=config.steps, leave=False):
@@ -582,7 +580,8 @@ def parse(argv, methods, config_class):
                 raise argparse.ArgumentTypeError(f"{text}: must be finite, in [{low}, {high}]")
             return f.type(text)
         choices = tuple(methods) if f.name == "method" else f.metadata["choices"]
-        parser.add_argument("--" + f.name.replace("_", "-"), type=number, choices=choices,
+        alone = dict(nargs="?", const=1) if f.type is int and f.metadata["high"] == 1 else {}  # or with 0, 1
+        parser.add_argument("--" + f.name.replace("_", "-"), type=number, choices=choices, **alone,
                             help=f"{texts[f.name]} (default: {f.default})")
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/TASK)")
     parser.add_argument("--resume", type=Path, help="go on with the run in this folder")
@@ -610,8 +609,6 @@ def parse(argv, methods, config_class):
 
 def check(config, method):
     """Raise ValueError, one line; settle on a device."""
-    if config.device == "auto":
-        config.device = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     low, high, most = config.mu_min, config.mu_max, max(config.prompts, config.sft_batch)
     for ok, right in ((config.warmup <= config.steps, f"--warmup {config.warmup}: at most --steps"),
                       (config.demos >= most, f"--demos {config.demos}: at least --prompts and --sft-batch"),
@@ -619,18 +616,15 @@ def check(config, method):
                       ("mu_min" in method.unused or low <= config.mu <= high, f"--mu: in [{low}, {high}]")):
         if not ok:
             raise ValueError(right)
-    try:
-        torch.zeros(1, device=config.device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {config.device}: is not here ({str(error).splitlines()[0][:80]})")
+    config.device = device_of(config.device)
 
 def main(argv=None, methods=METHODS, config_class=Config):
     run = None
     try:
         config, folder, new = parse(argv, methods, config_class)
         check(config, methods[config.method])
-        task = TASKS[config.task](data=config.data)
-        model, tokenizer = load_policy(config, task)
+        task = TASKS[config.task](data=config.data, data_test=config.data_test)
+        model, tokenizer = load_policy(config, task, learns=folder is not None)
         if folder is None:
             rows = [evaluate(model, tokenizer, task, split, config) for split in task.splits]
             return print(table({config.model: rows}))

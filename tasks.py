@@ -17,19 +17,24 @@ import json
 import math
 import random
 import re
+import sys
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, combinations, combinations_with_replacement, product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils import parameters_to_vector
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig,
                           LogitsProcessor, logging)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # ---------------------------------------------------------------------------------------------------------------
 # The interface. A policy and an episode hold a conversation: prompt, response, observation, response, ...
@@ -62,6 +67,7 @@ class Episode:
     attempts = 1  # graded tries at each point before the episode ends
     slips = {}  # point -> wrong response that a demonstration makes there first: read, not learned
     point = tries = 0
+    source, exam = "", False  # where the problem comes from, if from a file, and if that is only evaluated
     history = ()  # outcomes so far, one for each response
     responses = ()  # and the responses
     seen = ()  # and whether each read right what was shown
@@ -116,9 +122,9 @@ class Task:
     defaults = {}  # flags of amft.py that this task sets differently
     turns = 0  # graded attempts at each point; 0: the episode's own number
 
-    def __init__(self, turns=0, data=""):
-        if data:
-            raise ValueError(f"--data {data}: only --task math takes a file")
+    def __init__(self, turns=0, data="", data_test=""):
+        if data or data_test:
+            raise ValueError(f"--data{'' if data else '-test'} {data or data_test}: only --task math takes a file")
         self.turns = turns or self.turns
 
     def draw(self, split, rng):
@@ -127,6 +133,14 @@ class Task:
 
     def sample(self, split, rng):
         return self.granted(self.draw(split, rng))
+
+    def training(self, n, rng):
+        """The n episodes that a run trains on."""
+        return [self.sample("train", rng) for _ in range(n)]
+
+    def examples(self):
+        """What is checked before a run: one episode, where all are alike."""
+        return [self.sample("train", random.Random(0))]
 
     def granted(self, episode):
         episode.attempts = self.turns or episode.attempts
@@ -586,28 +600,75 @@ class Batch(NamedTuple):
         return self.ids[:, -self.mask.shape[1]:]
 
 
+SAID = "<what the policy said>"  # stands for a response while a chat template is rendered
+
+
 def encode_shown(model, tokenizer, text, first=True):
     """Token ids of a prompt (first) or of an observation. A chat model gets its template, others plain text."""
-    vision = getattr(model.config, "vision_config", None)
-    text = text.replace(IMAGE, IMAGE * (vision.image_size // vision.patch_size) ** 2) if vision else text
+    if IMAGE in text:
+        vision = model.config.vision_config
+        text = text.replace(IMAGE, IMAGE * (vision.image_size // vision.patch_size) ** 2)
     if tokenizer.chat_template:
-        said = "<what the policy said>"
-        before = [] if first else [dict(role="user", content="-"), dict(role="assistant", content=said)]
+        before = [] if first else [dict(role="user", content="-"), dict(role="assistant", content=SAID)]
         text = tokenizer.apply_chat_template(before + [dict(role="user", content=text)], tokenize=False,
                                              add_generation_prompt=True)
-        text = text.split(said)[-1].removeprefix(tokenizer.eos_token)  # an observation follows the policy's own EOS
+        if not first:  # an observation follows the end of turn, which the policy itself has said
+            text, end = text.split(SAID)[-1], end_of_turn(tokenizer)
+            text = text.partition(end)[2] if end in text else text
     return tokenizer(text, add_special_tokens=first and not tokenizer.chat_template)["input_ids"]
 
 
-def check_tokenizer(tokenizer, episode, max_new_tokens):
-    """Raise ValueError where it cannot encode the episode's texts, or the expert's responses are too long."""
-    for turn in episode.demonstration():
-        for text in (turn.shown, turn.response):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if tokenizer.decode(ids).split() != text.split():
-                raise ValueError(f"its tokenizer cannot encode the task: a text comes back as {tokenizer.decode(ids)[-60:]!r}")
-        if len(ids) >= max_new_tokens:
-            raise ValueError(f"a demonstration has {len(ids) + 1} tokens, --max-new-tokens is {max_new_tokens}")
+def end_of_turn(tokenizer):
+    """The token with which a response ends: in a chat template the first special one after it, else EOS."""
+    if tokenizer.chat_template:
+        messages = [dict(role="user", content="-"), dict(role="assistant", content=SAID)]
+        rest = tokenizer.apply_chat_template(messages, tokenize=False).split(SAID)[-1]
+        special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t) in rest]
+        if special:
+            return min(special, key=rest.index)
+    if tokenizer.eos_token is None:
+        raise ValueError("its tokenizer has no token that ends a text")
+    return tokenizer.eos_token
+
+
+def ends_of(model, tokenizer):
+    """Ids of all tokens that end a response: the one that is taught first, then the checkpoint's others."""
+    known = [tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)), tokenizer.eos_token_id]
+    for ids in (model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id):
+        known += ids if isinstance(ids, list) else [ids]
+    return [i for i in dict.fromkeys(known) if i is not None]
+
+
+def check_texts(model, tokenizer, task, max_new_tokens):
+    """Raise ValueError where a text cannot be encoded, or does not fit: of a file's problems, where any does not."""
+    rows, room = model.get_input_embeddings().num_embeddings, room_of(model)
+    long, longest, examples = [], 0, task.examples()
+    for i, episode in enumerate(examples):
+        turns = episode.demonstration()
+        responses = tokenizer([turn.response for turn in turns], add_special_tokens=False)["input_ids"]
+        prompt = encode_shown(model, tokenizer, episode.prompt)
+        for text in (text for turn in turns for text in (turn.shown, turn.response) if i == 0):
+            back = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if back.split() != text.split():
+                raise ValueError(f"its tokenizer cannot encode the task: a text comes back as {back[-60:]!r}")
+        if tokenizer.unk_token_id in {*prompt, *sum(responses, [])} - {tokenizer.eos_token_id, None}:
+            raise ValueError(f"its tokenizer cannot encode all of {episode.source or 'a text'}")
+        if max(max(ids, default=0) for ids in (prompt, *responses)) >= rows:
+            raise ValueError(f"its tokenizer has tokens that the model lacks, which has {rows}")
+        if len(prompt) + max_new_tokens > room:
+            raise ValueError(f"{episode.source or 'a prompt'} has {len(prompt)} tokens, with --max-new-tokens "
+                             f"{max_new_tokens} more than the model's {room}")
+        if (length := max(map(len, responses)) + 1) > max_new_tokens and not episode.exam:
+            long, longest = long + [episode.source], max(longest, length)
+    if long:
+        first = f", first {long[0]}" * bool(long[0])
+        raise ValueError(f"--max-new-tokens is {max_new_tokens}, {len(long)} of {len(examples)} demonstrations are longer"
+                         f"{first}; the longest has {longest} tokens")
+
+
+def room_of(model):
+    """Most tokens of a conversation."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
 
 
 def pad(rows, tokenizer, device, side="right"):
@@ -625,22 +686,23 @@ def pixels_of(images, device):
 
 
 def show(model, tokenizer, episodes, texts, first=False):
-    """(ids, attention, each (B, width) and left-padded, pixels) of the texts that episodes show; "" is one EOS."""
-    ids = [encode_shown(model, tokenizer, text, first) if text else [tokenizer.eos_token_id] for text in texts]
+    """(ids, attention, each (B, width) and left-padded, pixels) of the texts that episodes show; "" is one end."""
+    end = ends_of(model, tokenizer)[:1]
+    ids = [encode_shown(model, tokenizer, text, first) if text else end for text in texts]
     pixels = [pixels_of([e.image] if IMAGE in text else [], model.device) for e, text in zip(episodes, texts)]
     return *pad(ids, tokenizer, model.device, "left"), pixels
 
 
 def encode_demos(model, tokenizer, episodes):
     """Batch of the episodes' demonstrations."""
-    prompts, rests, masks, pixels = [], [], [], []
+    prompts, rests, masks, pixels, end = [], [], [], [], ends_of(model, tokenizer)[:1]
     for turns in (episode.demonstration() for episode in episodes):
         prompts.append(encode_shown(model, tokenizer, turns[0].shown))
         rest, mask = [], []
         for i, turn in enumerate(turns):
             shown = encode_shown(model, tokenizer, turn.shown, first=False) if i else []
-            # EOS carries loss, or the policy would never learn to stop.
-            said = tokenizer(turn.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            # The end carries loss, or the policy would never learn to stop.
+            said = tokenizer(turn.response, add_special_tokens=False)["input_ids"] + end
             rest, mask = rest + shown + said, mask + [0.0] * len(shown) + [float(turn.learn)] * len(said)
         rests.append(rest)
         masks.append(torch.tensor(mask, device=model.device))
@@ -658,24 +720,82 @@ def inputs(ids, attention, pixels, start=0):
                 **(dict(pixel_values=torch.cat(pixels)) if pixels else {}))
 
 
+def outputs(model, batch, temperature=1.0, hidden=False):
+    """(logits (B, T, V) that predict the response tokens, last hidden states (B, T, D) there, or None)."""
+    S, T = batch.ids.shape[1], batch.mask.shape[1]
+    # Column t of the logits predicts column t + 1 of the ids: the response is predicted one column earlier.
+    columns = torch.arange(S - T - 1, S - 1, device=batch.ids.device)
+    out = model(**inputs(batch.ids, batch.attention, batch.pixels), logits_to_keep=columns, use_cache=False,
+                output_hidden_states=hidden)
+    states = wide(out.hidden_states[-1][:, columns]) if hidden else None
+    return out.logits if temperature == 1 else wide(out.logits) / temperature, states
+
+
+def wide(x):
+    """x in float32, or finer if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def flatten(model):  # theta (N,), in float32 at least
+    return wide(parameters_to_vector(model.parameters()).detach())
+
+
+def vector_to_parameters(theta, parameters):
+    """As torch's: the weights become views of theta (N,); those in bfloat16 its rounded copies."""
+    parameters = list(parameters)
+    for weight, part in zip(parameters, theta.split([weight.numel() for weight in parameters])):
+        weight.data = part.view_as(weight).to(weight.dtype)
+
+
+def log_softmax_at(logits, ids):
+    """logits (b, T, V), ids (b, T) -> log_softmax at the ids (b, T), in float32 or finer."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.log_softmax(-1, dtype=dtype).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+class TokenLogps(torch.autograd.Function):
+    """log_softmax_at, without what it keeps. V is large: log_softmax keeps a copy of (B, T, V), and its gradient makes two
+    more. Here the logits stay as they are and their gradient is the only copy: both go a few rows at a time."""
+    at_once = 2 ** 24  # logits
+
+    @staticmethod
+    def few(*tensors):
+        return zip(*(x.split(max(1, TokenLogps.at_once // tensors[0][0].numel())) for x in tensors))
+
+    @staticmethod
+    def forward(ctx, logits, ids):
+        ctx.save_for_backward(logits, ids)
+        return torch.cat([log_softmax_at(x, i) for x, i in TokenLogps.few(logits, ids)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, ids = ctx.saved_tensors
+        slope = torch.empty_like(logits)
+        with torch.enable_grad():
+            for out, x, i, g in TokenLogps.few(slope, logits, ids, grad):
+                x = x.detach().requires_grad_()
+                out.copy_(torch.autograd.grad(log_softmax_at(x, i), x, g)[0])
+        return slope, None
+
+
 class Watcher(LogitsProcessor):
-    """Reads the entropy off the logits that generation computes anyway; has conversations that are done say EOS."""
-    def __init__(self, done, eos):
-        self.done, self.eos, self.columns = done, eos, []  # done (B,)
+    """Reads the entropy off the logits that generation computes anyway; has conversations that are done say the end."""
+    def __init__(self, done, end):
+        self.done, self.end, self.columns = done, end, []  # done (B,)
 
     def __call__(self, ids, logits):
         logp = logits.float().log_softmax(-1)
         self.columns.append(-(logp.exp() * logp).sum(-1))
         if self.done.any():
             logits = logits.masked_fill(self.done.unsqueeze(1), -torch.inf)
-            logits[self.done, self.eos] = 0.0
+            logits[self.done, self.end] = 0.0
         return logits
 
 
-def generation(tokenizer, max_new_tokens, temperature):
+def generation(model, tokenizer, max_new_tokens, temperature):
     """How generate speaks: pure sampling at a temperature, or greedily at 0."""
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
-    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends_of(model, tokenizer),
                             pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, **sampling)
 
 
@@ -688,11 +808,11 @@ def read(model, ids, attention, pixels, cache=None):
 
 def say(model, tokenizer, ids, attention, cache, done, how):
     """A response of each conversation -> (ids (B, S'), which new ones count (B, n), sum of entropies, cut (B,))."""
-    watcher = Watcher(done, tokenizer.eos_token_id)
+    watcher = Watcher(done, how.eos_token_id[0])
     out = model.generate(ids, attention_mask=attention, past_key_values=cache, logits_processor=[watcher],
                          generation_config=how)
-    # Finished before this token? Told by the EOS that came, never by ids == pad: pad may be EOS, or be sampled.
-    ended = (out[:, ids.shape[1]:] == tokenizer.eos_token_id).long()
+    # Finished before this token? Told by the end that came, never by ids == pad: pad may be an end, or be sampled.
+    ended = torch.isin(out[:, ids.shape[1]:], torch.tensor(how.eos_token_id, device=out.device)).long()
     own = ((ended.cumsum(1) - ended == 0) & ~done.unsqueeze(1)).float()
     return out, own, (torch.stack(watcher.columns, 1) * own).sum().item(), ~done & ~ended.any(1)
 
@@ -707,28 +827,93 @@ def sliced(step, *vectors, size=2 ** 22):
     return made
 
 
-def load_policy(config, task):
-    """(model, tokenizer) of a checkpoint folder or hub name, checked against the task."""
+def device_of(name):
+    """The name of a device that is here; of auto the first of cuda, mps, cpu."""
+    if name == "auto":
+        name = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: is not here ({str(error).splitlines()[0][:80]})")
+    return name
+
+
+def load_policy(config, task, learns=True):
+    """(model, tokenizer) of a checkpoint folder or hub name, checked against the task, and that it learns."""
     logging.disable_progress_bar()
     episode, here = task.sample("train", random.Random(0)), Path(__file__).resolve().parent
     eyes = episode.image is not None
     source = "base-vl" if eyes and config.model == "base" else config.model
     source = here / source if (here / source / "config.json").exists() else source
+    if not config.device.startswith("cpu"):
+        torch.set_float32_matmul_precision("high")
     try:
         kind = AutoModelForImageTextToText if eyes else AutoModelForCausalLM
-        model, info = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        model, info = kind.from_pretrained(source, dtype=torch.bfloat16 if config.bf16 else torch.float32,
+                                           output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
         if info["missing_keys"] or info["mismatched_keys"] or not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError("weights are missing, or not finite")
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        check_tokenizer(tokenizer, episode, config.max_new_tokens)
+        prepare(model, tokenizer, config)
+        check_texts(model, tokenizer, task, config.max_new_tokens)
+        if eyes:  # a response may not hold the token that a picture stands for: no picture would come with it
+            token = torch.tensor([model.config.image_token_id], device=config.device)
+            model.get_output_embeddings().register_forward_hook(lambda _, __, out: out.index_fill(-1, token, -1e9))
+        rehearse(model.to(config.device).eval(), tokenizer, episode, learns)
     except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own
-        text = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        text = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"--model {config.model}: not a {'vision-language ' * eyes}checkpoint for {config.task} ({text})")
-    if eyes:  # a response may not hold the token that a picture stands for: no picture would come with it
-        token = torch.tensor([model.config.image_token_id], device=config.device)
-        model.get_output_embeddings().register_forward_hook(lambda _, __, out: out.index_fill(-1, token, -1e9))
-    return model.to(config.device).eval(), tokenizer
+    return model, tokenizer
+
+
+def prepare(model, tokenizer, config):
+    """Of the checkpoint's settings keep those that a policy may have, which says what it says by its logits alone."""
+    tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)
+    # Its own configuration would enter generate wherever ours is silent: penalties, forced and forbidden tokens.
+    model.generation_config = GenerationConfig(eos_token_id=ends_of(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
+                                               bos_token_id=tokenizer.bos_token_id)
+    if config.gradient_checkpointing:
+        layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if not layers:
+            raise ValueError("it has no layers that --gradient-checkpointing knows")
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            vars(layer).update({name: 0.0 for name, p in vars(layer).items() if "dropout" in name and isinstance(p, float)})
+
+        def where_it_learns(*_):
+            # A layer does this in training mode only, and then without a cache. What is in it stays in evaluation mode:
+            # dropout would make another policy of it.
+            for layer in layers:
+                layer.training = torch.is_grad_enabled()
+        model.register_forward_pre_hook(where_it_learns)
+
+
+def rehearse(model, tokenizer, episode, learns):
+    """Read, speak and learn once, on a demonstration: what a checkpoint cannot do fails here and now, not in step 10.
+
+    Its log-probabilities after padding and from a cache, as in sampling, must be those of a plain forward pass: some
+    architectures do not honour padding, positions, or a cache that was read before."""
+    batch, pictures = encode_demos(model, tokenizer, [episode]), int(episode.image is not None)
+    (pixels,), known, two = batch.pixels, batch.ids.shape[1] - batch.mask.shape[1], torch.zeros_like(batch.ids[:, :2])
+    ids, attention = torch.cat([two + tokenizer.pad_token_id, batch.ids], 1), torch.cat([two, batch.attention], 1)
+    with torch.no_grad():
+        plain = model(batch.ids, **(dict(pixel_values=pixels) if len(pixels) else {})).logits[:, known - 1:-1]
+        cache = read(model, ids[:, :known + 2], attention[:, :known + 2], [pixels[:pictures]])
+        cache.batch_repeat_interleave(2)
+        ids, attention = ids.repeat(2, 1), attention.repeat(2, 1)
+        later = model(**inputs(ids, attention, 2 * [pixels[pictures:]], known + 1), past_key_values=cache).logits[:1, :-1]
+        gap = [TokenLogps.apply(logits, batch.responses) * batch.mask for logits in (plain, later)]
+        limit = 0.5 if plain.dtype == torch.bfloat16 else 0.1  # rounding is far below it, another policy far above
+        if not (gap := (gap[0] - gap[1]).abs().sum() / batch.mask.sum()) < limit:
+            raise ValueError(f"padding and a cache change its log-probabilities, by {gap:.2f} a token")
+        done = torch.zeros(2, dtype=torch.bool, device=model.device)
+        say(model, tokenizer, ids, attention, cache, done, generation(model, tokenizer, 2, 0))
+    if learns:
+        loss = (TokenLogps.apply(outputs(model, batch)[0], batch.responses) * batch.mask).sum()
+        for grad in torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True):
+            if not grad.isfinite().all():
+                raise ValueError("its gradient is not finite")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -983,6 +1168,8 @@ class Problem(Episode):
     solution: str
     answer: str  # as it stands in the box, or a reader's own reference
     unit: str = ""
+    source: str = ""
+    exam: bool = False  # of a file that is only evaluated: its solution is not a demonstration
 
     outcomes = {"correct": (1.0, ""), "wrong_answer": (0.0, "your answer is wrong"),
                 "no_answer": (0.0, "there is no number in a box")}
@@ -992,8 +1179,8 @@ class Problem(Episode):
         return self.solution
 
     def grade(self, response):
-        """Judge the last box: a number equal to the reference in any form, or the reference's text if that is none."""
-        box = last_box(response)
+        """Judge the answer: a number equal to the reference in any form, or the reference's text if that is none."""
+        box = answer_in(response)
         value, right = number(box or ""), number(self.answer)
         if box is None or (right is not None and value is None):
             return "no_answer"
@@ -1012,6 +1199,12 @@ def last_box(text):
         if depth == 0:
             return text[start:end]
     return None
+
+
+def answer_in(text):
+    """The last box; without one, what stands behind #### at the end of the last line, as in GSM8K."""
+    box, tail = last_box(text), text.rstrip()[-100:].rpartition("\n")[2]
+    return tail.rpartition("####")[2].strip() if box is None and "####" in tail and len(text) <= 20 * MAX_RESPONSE else box
 
 
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,20})"  # 1,000 and 1000, not 1,00
@@ -1078,23 +1271,47 @@ class Mathematics(Task):
     }
     defaults = dict(SHORT, max_new_tokens=100, sft_batch=32)
 
-    def __init__(self, turns=0, data="", heldout=0.2):
-        """data: a .jsonl file of the reader's own problems; heldout: the share of it for each of val and heldout."""
+    def __init__(self, turns=0, data="", data_test="", heldout=0.2):
+        """data: a .jsonl file of the reader's own problems; heldout: the share of it for each of val and heldout;
+        data_test: one more file, a split of its own. What it asks is not trained on, should data ask it, too."""
         super().__init__(turns)
         self.problems = {}
         if data:
-            shares = (("val", heldout), ("heldout", heldout), ("train", 1.0))
-            for problem in read_problems(data):
-                self.problems.setdefault(role_of(problem.unit, shares), []).append(problem)
+            self.splits = {"val": "of the file, the controller's utility", "id": "of the file, trained on",
+                           "heldout": "of the file, never trained on"}
+        if data_test:
+            self.problems["test"] = [replace(problem, exam=True) for problem in read_problems(data_test)]
+            self.splits = {**self.splits, "test": "of a file of its own"}
+        if data:
+            shares, tested = (("val", heldout), ("heldout", heldout), ("train", 1.0)), {p.unit for p in self.problems.get("test", ())}
+            problems = read_problems(data)
+            for problem in problems:
+                if problem.unit not in tested:
+                    self.problems.setdefault(role_of(problem.unit, shares), []).append(problem)
             missing = {"train", "val", "heldout"} - set(self.problems)
             if missing:
                 raise ValueError(f"{data}: too few problems: none fell to {', '.join(sorted(missing))}")
-            self.splits = {"val": "of the file, the controller's utility", "id": "of the file, trained on",
-                           "heldout": "of the file, never trained on"}
+            if left_out := sum(problem.unit in tested for problem in problems):
+                print(f"{left_out} of {len(problems)} problems of {data} are in {data_test}, too: left out", file=sys.stderr)
+
+    def training(self, n, rng):
+        """A file is gone through in epochs, each in its own order."""
+        own, drawn = self.problems.get("train"), []
+        while own and len(drawn) < n:
+            drawn += rng.sample(own, len(own))
+        return [self.granted(replace(problem)) for problem in drawn[:n]] or super().training(n, rng)
+
+    def examples(self):
+        return [problem for problems in self.problems.values() for problem in problems] or super().examples()
+
+    def episodes(self, split, n):
+        own = self.problems.get("train" if split == "id" else split)
+        few = random.Random(f"evaluate {split}").sample(own, min(n, len(own))) if own else super().episodes(split, n)
+        return [self.granted(replace(problem)) for problem in few]
 
     def draw(self, split, rng):
         role = {"id": "train", "ood_length": "heldout", "ood_rule": "heldout"}.get(split, split)
-        if self.problems:
+        if role in self.problems:
             return replace(rng.choice(self.problems[role]))
         while True:
             steps = 5 if split == "ood_length" else rng.choice((3, 4))
@@ -1105,10 +1322,13 @@ class Mathematics(Task):
 
 
 def read_problems(path):
-    """Problems of a .jsonl file, {"prompt", "solution", "answer"} a line. ValueError names a bad line and its fault."""
+    """Problems of a .jsonl file, {"prompt", "solution", "answer"} a line. ValueError names a bad line and its fault.
+
+    A prompt that names no form of answer gets the request for a box. Problems that differ in case, spaces or composed
+    characters alone are one unit: they fall to one role."""
     problems = []
-    try:
-        lines = open(path, encoding="utf-8").read().splitlines()
+    try:  # JSON may hold other characters that end a line for Python
+        lines = open(path, encoding="utf-8-sig", newline="").read().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error})")
     for i, line in enumerate(lines, 1):
@@ -1121,13 +1341,19 @@ def read_problems(path):
         for key in ("prompt", "solution", "answer"):
             if not isinstance(fields, dict) or not isinstance(fields.get(key), str) or not fields[key].strip():
                 raise ValueError(f'{path}, line {i}: "{key}" must be a text that is not empty')
-        if IMAGE in fields["prompt"] + fields["solution"]:
+        prompt, solution, answer = fields["prompt"], fields["solution"], fields["answer"].strip()
+        if IMAGE in prompt + solution:
             raise ValueError(f"{path}, line {i}: {IMAGE} stands for a picture, and there is none")
-        problem = Problem(fields["prompt"], fields["solution"], fields["answer"].strip(), fields["prompt"])
-        if last_box(problem.solution) is None:  # as in GSM8K, whose solutions end in another form
-            problem.solution += f"\nAnswer: \\boxed{{{problem.answer}}}"
+        unit = " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold()).split())
+        if not any(form in prompt for form in ("\\boxed", "####")):
+            prompt = f"{prompt.rstrip()} {REQUEST}"
+        problem = Problem(prompt, solution, answer, unit, f"{path}, line {i}")
+        if problem.grade(solution) != "correct" and answer_in(solution) is not None:
+            raise ValueError(f'{path}, line {i}: "solution" ends in another answer than "answer", {answer}')
+        if last_box(solution) is None and ("####" not in prompt or answer_in(solution) is None):
+            problem.solution += f"\nAnswer: \\boxed{{{answer}}}"  # what the prompt asks for
         if problem.grade(problem.solution) != "correct":
-            raise ValueError(f'{path}, line {i}: the last box of "solution" is not "answer", {problem.answer}')
+            raise ValueError(f'{path}, line {i}: "answer" cannot stand in a box')
         problems.append(problem)
     return problems
 

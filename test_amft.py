@@ -802,8 +802,8 @@ def test_the_loss_of_a_demonstration(imitation):
             logp = logps[2 + t, b[3 + t]]
             total = total - m[t] * logp * (logp.exp().item() if imitation == "rectified" else 1.0)
     expected = flat_grad(total / batch.mask.sum(), model)
-    for micro_batch in (9, 2):
-        config = configured(micro_batch=micro_batch)
+    for size in (9, 2):
+        config = configured(micro_tokens=size * batch.ids.shape[1])
         grad, logps, losses = amft.sft_gradient(model, batch, config, partial(method.imitation_loss, None))
         close(grad, expected, 1e-4)
         assert losses == pytest.approx((-(logps * batch.mask).sum() / batch.mask.sum()).item(), rel=1e-4)
@@ -864,9 +864,9 @@ def test_an_update_with_old_samples_is_the_clipped_one():
             ratio, a = (logps[2 + t, row[3 + t]] - old[b, t]).exp(), advantages.values[b, t]
             total = total - torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) / (B * T)
     expected = flat_grad(total, model)
-    for micro_batch in (12, 5):
+    for size in (12, 5):
         grad, logps, losses = amft.rl_gradient(model, batch, advantages,
-                                               configured(temperature=tau, micro_batch=micro_batch), old)
+                                               configured(temperature=tau, micro_tokens=size * 5), old)
         close(grad, expected, 1e-4)
         assert losses == pytest.approx(total.item(), rel=1e-3, abs=1e-5)
         np.testing.assert_allclose(logps, amft.logps_of(model, batch, tau).detach(), rtol=1e-4, atol=1e-6)
@@ -1001,10 +1001,11 @@ def test_gradients_do_not_depend_on_micro_batches_and_silent_groups_add_nothing(
     expected_sft = flat_grad(-(picked * demos.mask).sum() / demos.mask.sum(), model)
     passes = spied_rows(model)
     for size in (24, 5, 1):
-        config.micro_batch = size
+        config.micro_tokens = size * rollouts.batch.ids.shape[1] + 1
         passes.clear()
         close(amft.rl_gradient(model, rollouts.batch, advantages, config)[0], expected, 1e-3)
-        assert sum(passes) == 12 and max(passes) <= size  # the three silent groups cost nothing
+        assert sum(passes) == 12 and max(passes) == min(size, 12)  # the three silent groups cost nothing
+        config.micro_tokens = size * demos.ids.shape[1] - (size == 1)  # a sequence that is longer goes alone
         close(amft.sft_gradient(model, demos, config, no_rows)[0], expected_sft, 1e-3)
     model._forward_pre_hooks.clear()
 
@@ -1541,9 +1542,9 @@ def test_runs_without_a_name_get_their_own_folders(tiny, tmp_path, monkeypatch, 
 
 
 def test_micro_batches_do_not_change_a_run(tiny, tmp_path, unevaluated, rewarded):
-    for size in ("256", "5"):
-        tiny_run(tiny, tmp_path / size, "--micro-batch", size, "--steps", "5", "--method", "fixed")
-    whole, parts = (final_policy(tmp_path / size) for size in ("256", "5"))
+    for size in ("16384", "400"):
+        tiny_run(tiny, tmp_path / size, "--micro-tokens", size, "--steps", "5", "--method", "fixed")
+    whole, parts = (final_policy(tmp_path / size) for size in ("16384", "400"))
     start = parameters_to_vector(LlamaForCausalLM.from_pretrained(tiny).parameters()).detach()
     # Adam's step of an entry whose gradient is next to nothing has any sign: most entries, not every one.
     assert ((whole - parts).abs() < 0.02 * (whole - start).abs().max()).float().mean() > 0.97
@@ -1840,7 +1841,7 @@ def test_rewards_and_gradients_of_whole_conversations(name):
     advantages = amft.advantages_of(model, None, seen, config)
     weights = seen.success - (seen.success.sum(1, keepdim=True) - seen.success) / 3
     weights = weights / weights.std(correction=0)
-    config.micro_batch = 3
+    config.micro_tokens = 3 * seen.batch.ids.shape[1]
     grad = amft.rl_gradient(model, seen.batch, advantages, config)[0]
     rows = [flat_grad(-weights.flatten()[row] * alone(model, seen.batch, row, grad=True).sum() / seen.batch.mask.sum(), model)
             for row in range(16)]
@@ -2306,16 +2307,16 @@ def test_equal_numbers_in_different_forms(answer_, box, outcome):
 
 def test_a_readers_own_problems(tiny, tmp_path, capsys):
     rng, file = random.Random(SEED), tmp_path / "own.jsonl"
-    problems = [tasks.chain(rng, 2) for _ in range(80)]
+    problems = [tasks.chain(rng, 2) for _ in range(400)]
     rows = [dict(prompt=p.prompt, solution=p.solution, answer=p.answer) for p in problems]
     rows[0]["solution"] = rows[0]["solution"].split("Answer")[0]  # GSM8K has no box: one is added
     file.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
     task = tasks.Mathematics(data=str(file), heldout=0.25)
-    roles = {split: {task.sample(split, rng).prompt for _ in range(600)} for split in ["train", *task.splits]}
+    roles = {split: {task.sample(split, rng).prompt for _ in range(6000)} for split in ["train", *task.splits]}
     assert roles["train"] == roles["id"] and set.union(*roles.values()) == {row["prompt"] for row in rows}
     for a, b in itertools.combinations(("train", "val", "heldout"), 2):
         assert not roles[a] & roles[b]
-    assert 10 <= len(roles["heldout"]) <= 30 and 10 <= len(roles["val"]) <= 30
+    assert 65 <= len(roles["heldout"]) <= 135 and 65 <= len(roles["val"]) <= 135
     log = tiny_run(tiny, tmp_path / "run", "--task", "math", "--data", str(file), "--max-new-tokens", "60", "--steps",
                    "4", "--eval-n", "4")
     assert log[-1]["kind"] == "final" and {r["split"] for r in log if r["kind"] == "eval"} == {"val", "id", "heldout"}

@@ -3,7 +3,8 @@
     python benchmarks/mutants.py                           # all, 20 minutes on a core
     python benchmarks/mutants.py --only '*temperature*'    # rows whose printed line matches
 
-Each row: file, the text that is there once, what the bug puts in its place, the tests that must catch it (pytest -k).
+Each row: file, the text that is there once, what the bug puts in its place, the tests that must catch it (pytest -k),
+of the file that TESTS says, or of MODELS.
 The bugs are made one after the other in one copy of the project. A row whose text is no longer there, or whose tests
 still pass, is reported and fails the run; so do tests that fail without any bug, which count for nothing.
 """
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 240  # for the tests of a row
 TESTS = {"amft.py": "test_amft.py", "tasks.py": "test_amft.py", "base/make.py": "test_amft.py",
          "compare/rivals.py": "compare/test_rivals.py", "recipes/parallel.py": "recipes/test_parallel.py"}
+MODELS = "recipes/test_models.py: "
 FORGET = 'vars(method).update(state["method"], config=method.config)'
 MUTANTS = [
     # the step
@@ -50,10 +52,10 @@ MUTANTS = [
     ("amft.py", "fade = 1.0 if s.update else self.config.trace", "fade = self.config.trace", "fades_once"),
     ("amft.py", "            method.moved(s)\n", "            s.theta = s.theta - s.lr * s.g_rl\n            method.moved(s)\n", "hang_together"),
     # the meta-gradient
-    ("amft.py", "(logps_of(model, part, config.temperature) * part.mask).sum(1)",
-     "logps_of(model, part, config.temperature)[:, 0]", "slow_loop or unbiased"),
-    ("amft.py", "logps_of(model, part, config.temperature)", "logps_of(model, part)", "exactly_unbiased or slow_loop"),
-    ("amft.py", "(scale * advantages[p] * logps)", "(advantages[p] * logps)",
+    ("amft.py", "(logps * part.mask[rows]).sum(1)", "logps[:, 0]", "slow_loop or unbiased"),
+    ("amft.py", "part, used, surrogate, config, config.temperature)", "part, used, surrogate, config)",
+     "exactly_unbiased or slow_loop"),
+    ("amft.py", "(scale * advantages[p][rows]", "(advantages[p][rows]",
      "meta_gradient_against_a_slow_loop"),
     ("amft.py", "advantages, scale = group_advantages(rollouts.success)", "advantages, scale = rollouts.success, 1.0",
      "meta_gradient_against_a_slow_loop"),
@@ -104,13 +106,13 @@ MUTANTS = [
     ("amft.py", "old = logp.detach() if old_logps is None else old_logps[rows]", "old = logp.detach()", "old_samples"),
     ("amft.py", "old = logps if old is None else old", "old = logps", "fades_once"),
     # the policy
-    ("amft.py", "return out.logits[:, :-1] / temperature", "return out.logits[:, 1:] / temperature", "company"),
-    ("amft.py", "return out.logits[:, :-1] / temperature", "return out.logits[:, :-1]", "temperature_of_log"),
+    ("tasks.py", "columns = torch.arange(S - T - 1, S - 1,", "columns = torch.arange(S - T, S,", "company"),
+    ("tasks.py", "out.logits if temperature == 1 else wide(out.logits) / temperature", "out.logits", "temperature_of_log"),
     ("tasks.py", "positions = (attention.cumsum(1) - 1).clamp(min=0)",
      "positions = torch.arange(attention.shape[1], device=attention.device).expand_as(attention)", "absolute_positions"),
     ("tasks.py", "attention_mask=attention, position_ids", "attention_mask=torch.ones_like(attention), position_ids", "company"),
     ("tasks.py", "position_ids=positions[:, start:]", "position_ids=positions[:, :ids.shape[1] - start]", "sampled_from"),
-    ("tasks.py", "+ [tokenizer.eos_token_id]\n", "\n", "company"),
+    ("tasks.py", "[\"input_ids\"] + end\n", "[\"input_ids\"]\n", "company"),
     ("tasks.py", "own = ((ended.cumsum(1) - ended == 0) &", "own = ((ended.cumsum(1) == 0) &", "rollout_samples"),
     ("tasks.py", "top_k=0, top_p=1.0", "top_k=50, top_p=1.0", "frequencies"),
     ("tasks.py", "do_sample=True, temperature=temperature", "do_sample=True, temperature=1.0", "frequencies"),
@@ -151,6 +153,43 @@ MUTANTS = [
     ("amft.py", ' or state["log"] > self.log.stat().st_size', "", "states_and_logs"),
     ("tasks.py", 'info["missing_keys"] or info["mismatched_keys"] or', 'info["mismatched_keys"] or', "checkpoints_that_are"),
     ("tasks.py", "not all(p.isfinite().all() for p in model.parameters())", "False", "checkpoints_that_are"),
+    # a reader's checkpoint
+    ("tasks.py", "model.generation_config = GenerationConfig(", "GenerationConfig(", MODELS + "own_way_to_sample"),
+    ("tasks.py", "return min(special, key=rest.index)", "pass", MODELS + "template_ends_it"),
+    ("tasks.py", "return min(special, key=rest.index)", "return max(special, key=rest.index)", MODELS + "template_ends_it"),
+    ("tasks.py", "return [i for i in dict.fromkeys(known) if i is not None]", "return known[:1]", MODELS + "any_of_the"),
+    ("tasks.py", "text = text.partition(end)[2] if end in text else text", "pass", MODELS + "template_ends_it"),
+    ("tasks.py", "if not (gap := (gap[0] - gap[1]).abs().sum() / batch.mask.sum()) < limit:", "if gap is None:", MODELS + "cannot_be"),
+    ("tasks.py", "if not grad.isfinite().all():", "if grad is None:", MODELS + "cannot_be"),
+    ("tasks.py", "for ids in (prompt, *responses)) >= rows:", "for ids in (prompt, *responses)) < 0:", MODELS + "cannot_be"),
+    ("tasks.py", "torch.promote_types(logits.dtype, torch.float32)", "logits.dtype", MODELS + "one_copy"),
+    ("tasks.py", "log_softmax_at(x, i), x, g)[0])", "log_softmax_at(x, i), x, g)[0] * 1.01)", MODELS + "one_copy"),
+    ("tasks.py", "(x, i) for x, i in TokenLogps.few(logits, ids)]", "(x, i) for x, i in [(logits, ids)] * 2]", MODELS + "one_copy"),
+    ("tasks.py", "layer.training = torch.is_grad_enabled()", "layer.train(torch.is_grad_enabled())", MODELS + "checkpointing_changes"),
+    ("tasks.py", "layer.training = torch.is_grad_enabled()", "layer.training = True", MODELS + "checkpointing_changes"),
+    ("tasks.py", "layer.gradient_checkpointing = True", "layer.gradient_checkpointing = False", MODELS + "checkpointing_changes"),
+    ("tasks.py", "return wide(parameters_to_vector(model.parameters()).detach())", "return parameters_to_vector(model.parameters()).detach()",
+     MODELS + "bf16"),
+    ("tasks.py", "weight.data = part.view_as(weight).to(weight.dtype)", "weight.data = part.view_as(weight)", MODELS + "bf16"),
+    ("tasks.py", "else wide(out.logits) / temperature", "else out.logits / temperature", MODELS + "bf16"),
+    ("amft.py", "max(1, config.micro_tokens // batch.ids.shape[1])", "max(1, config.micro_tokens)", "micro_batches"),
+    # a reader's problems
+    ("tasks.py", ".read().split(\"\\n\")", ".read().splitlines()", MODELS + "newlines_alone"),
+    ("tasks.py", "encoding=\"utf-8-sig\"", "encoding=\"utf-8\"", MODELS + "newlines_alone"),
+    ("tasks.py", "for i, episode in enumerate(examples):", "for i, episode in enumerate(examples[:1]):", MODELS + "every_length"),
+    ("tasks.py", "max_new_tokens and not episode.exam:", "max_new_tokens:", MODELS + "solution_is_not"),
+    ("tasks.py", "if len(prompt) + max_new_tokens > room:", "if len(prompt) > room:", MODELS + "every_length"),
+    ("tasks.py", "if tokenizer.unk_token_id in {*prompt", "if None in {*prompt", MODELS + "unknown"),
+    ("tasks.py", "prompt).casefold()).split())", "prompt)).split())", MODELS + "near_duplicates"),
+    ("tasks.py", "unicodedata.normalize(\"NFKC\", unicodedata.normalize(\"NFKC\", prompt).casefold())", "prompt.casefold()",
+     MODELS + "near_duplicates"),
+    ("tasks.py", "if problem.unit not in tested:", "if True:", MODELS + "only_evaluated"),
+    ("tasks.py", "[replace(problem, exam=True) for", "[problem for", MODELS + "only_evaluated"),
+    ("tasks.py", "prompt = f\"{prompt.rstrip()} {REQUEST}\"", "pass", MODELS + "form_of_the_answer"),
+    ("tasks.py", "if box is None and \"####\" in tail and", "if False and", MODELS + "four_hashes"),
+    ("tasks.py", "text.rstrip()[-100:].rpartition", "text.rpartition", MODELS + "four_hashes"),
+    ("tasks.py", "drawn += rng.sample(own, len(own))", "drawn += rng.choices(own, k=len(own))", MODELS + "without_replacement"),
+    ("tasks.py", "sample(own, min(n, len(own))) if own", "choices(own, k=min(n, len(own))) if own", MODELS + "only_evaluated"),
     # the rivals
     ("compare/rivals.py", "amft.sft_loss(p * (1 - p) * logps", "amft.sft_loss(p * logps", "coefficients_of_probable"),
     ("compare/rivals.py", "p = logps.detach().exp()", "p = logps.exp()", "coefficients_of_probable"),
@@ -255,7 +294,9 @@ def main():
     parser.add_argument("--no-baseline", action="store_true", help="trust that the tests pass without a bug")
     arguments = parser.parse_args()
     rows = [(file, old, new, test, " ".join(f"{file}: {old} -> {new}  [{test}]".split())) for file, old, new, test in MUTANTS]
-    rows = [row for row in rows if fnmatch.fnmatchcase(row[-1], arguments.only)]
+    rows = [(*row, MODELS[:-2] if row[3].startswith(MODELS) else TESTS[row[0]]) for row in rows]
+    rows = [(*row[:3], row[3].removeprefix(MODELS), *row[4:]) for row in rows]
+    rows = [row for row in rows if fnmatch.fnmatchcase(row[4], arguments.only)]
     sys.dont_write_bytecode = True  # two bugs of one size in one second would share their bytecode
     os.environ.update(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
     for name in ("torch", "pytest", "numpy", "transformers.models.auto", "transformers.models.llama.modeling_llama",
@@ -266,13 +307,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "results", "runs", "*.pt", "__pycache__"))
-        for tests in dict.fromkeys(TESTS[row[0]] for row in rows if not arguments.no_baseline):
-            used = " or ".join(dict.fromkeys(f"({row[3]})" for row in rows if TESTS[row[0]] == tests))
+        for tests in dict.fromkeys(row[5] for row in rows if not arguments.no_baseline):
+            used = " or ".join(dict.fromkeys(f"({row[3]})" for row in rows if row[5] == tests))
             _, output = pytest_of(copy, tests, "-k", used, "-rfE")
             unsound[tests] = failing(output)
             print(f"{tests}: without a bug {output.strip().splitlines()[-1]}", *unsound[tests], sep="\n  ", flush=True)
-        for file, old, new, test, line in rows:
-            text, tests = (copy / file).read_text(), TESTS[file]
+        for file, old, new, test, line, tests in rows:
+            text = (copy / file).read_text()
             if text.count(old) != 1:
                 result = f"text there {text.count(old)} times"
             else:
