@@ -38,8 +38,8 @@ import torch
 from tqdm import tqdm
 
 from tasks import (
-    TASKS, Batch, TokenLogps, curves, device_of, encode_demos, flatten, generation, load_policy, outputs, read,
-    room_of, say, show, sliced, table, vector_to_parameters)
+    TASKS, Batch, TokenLogps, curves, device_of, encode_demos, flatten, generation, load_policy, outputs,
+    read, room_of, say, show, sliced, table, vector_to_parameters)
 
 # --- Configuration: the flags. Their comments are what --help prints ---
 
