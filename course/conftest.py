@@ -17,6 +17,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.option.tbstyle == "auto":
+        config.option.tbstyle = "short"  # what a test says matters more than its source
     config.addinivalue_line("markers", "exercise(n): a test that grades exercise n")
 
 
