@@ -23,6 +23,7 @@ import argparse
 import ast
 import builtins
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -98,6 +99,11 @@ def functions_in(tree, prefix=""):
     return found
 
 
+@functools.lru_cache
+def functions_of(path):
+    return functions_in(ast.parse(Path(path).read_text()))
+
+
 def body_of(node):
     """A function's statements without its docstring."""
     return node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
@@ -155,7 +161,7 @@ def refusal(body, file, modules):
     modules: {name: the module that it means, or None where torch is not loaded} of the file's own imports."""
     modules, nodes = dict(modules), [node for statement in body for node in ast.walk(statement)]
     def refuse(node, what):
-        raise Refused(f"{file}, line {getattr(node, 'lineno', '?')}: {what} is not allowed in a graded body")
+        raise Refused(f"refused: {file}, line {getattr(node, 'lineno', '?')}: {what} is not allowed in a graded body")
     for node in nodes:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
@@ -197,6 +203,8 @@ def refusal(body, file, modules):
                 value = getattr(value, name, None)
                 if isinstance(value, types.ModuleType) and value.__name__ not in MODULES:
                     refuse(node, f"the module {'.'.join(chain)}")
+            if isinstance(value, types.ModuleType) and id(node) not in roots:  # from a variable it could not be followed
+                refuse(node, f"the module {'.'.join(chain)} as a value")
 
 
 # --- In the process of one exercise -------------------------------------------------------------------------------
@@ -266,7 +274,7 @@ def explained(error, file):
         return f"refused: {error}"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return f"asked for more than {MIB} MiB of memory"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == f"submission {file}"]
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == f"submission {file}"]
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     text = "".join(c if c.isprintable() else " " for c in text)[:MESSAGE]
     if isinstance(error, NameError):
@@ -302,7 +310,7 @@ def judge(exercise, sources, seeds, tests=None, check=True, before=lambda: (), h
     file = f"{exercise['module']}.py"
     module = importlib.import_module(exercise["module"])
     tests = tests or importlib.import_module("test_exercises")
-    theirs = functions_in(ast.parse(Path(module.__file__).read_text()))
+    theirs = functions_of(module.__file__)
     imports = {name: value for name, value in vars(module).items() if isinstance(value, types.ModuleType)}
     printer, functions = Printer(), {}
     try:
@@ -312,7 +320,7 @@ def judge(exercise, sources, seeds, tests=None, check=True, before=lambda: (), h
                 refusal(body_of(node), file, imports)
             functions[name] = spliced(node, theirs[name], module, printer)
     except Refused as error:
-        return False, f"refused: {error}" if "not allowed" in str(error) else str(error)
+        return False, str(error)
     except (SyntaxError, ValueError, RecursionError) as error:
         return False, f"{file}, line {getattr(error, 'lineno', '?')}: {str(error)[:MESSAGE]}"
     except Exception as error:  # a name that the signature needs
@@ -444,6 +452,12 @@ def in_process(exercise, sources, seeds, seconds=SECONDS, check=True, prefix=())
     return False, why, measured
 
 
+def imported(path):
+    """Names that a file's own `import x` lines bind."""
+    return [alias.asname or alias.name.partition(".")[0] for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Import) for alias in node.names]
+
+
 def hidden_seeds(student):
     text = os.environ.get("AMFT_COURSE_SECRET", "") + "\n" + student
     return sorted(random.Random(hashlib.sha256(text.encode()).hexdigest()).sample(VERIFIED, 3))
@@ -520,6 +534,8 @@ def grade(paths, out, student="", only=None, total=TOTAL, say=print):
             if e["module"] not in sources:
                 raise Refused(f"there is no {file} in the submission")
             nodes = [find(sources[e["module"]], file, name) for name in e["functions"]]
+            for node in nodes:
+                refusal(body_of(node), file, dict.fromkeys(imported(REFERENCE / file)))
             if undone := [name for name, node in zip(e["functions"], nodes) if is_stub(node)]:
                 raise Refused(f"not done: {' and '.join(undone)}")
             left = min(SECONDS, total - (time.monotonic() - start))
