@@ -24,12 +24,12 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     if "seed" in metafunc.fixturenames:
-        first, _, last = (metafunc.config.getoption("--seeds") or os.environ.get("AMFT_TEST_SEED", "0")).partition("-")
+        first, _, last = (metafunc.config.getoption("--seeds", None) or os.environ.get("AMFT_TEST_SEED", "0")).partition("-")
         metafunc.parametrize("seed", range(int(first), int(last or first) + 1))
 
 
 def pytest_collection_modifyitems(config, items):
-    if wanted := config.getoption("--exercise"):
+    if wanted := config.getoption("--exercise", None):  # absent where pytest began in another folder
         number = [marker.args[0] if (marker := item.get_closest_marker("exercise")) else None for item in items]
         config.hook.pytest_deselected(items=[item for item, n in zip(items, number) if n not in wanted])
         items[:] = [item for item, n in zip(items, number) if n in wanted]

@@ -62,11 +62,12 @@ SAFE = ("abs all any bool bytes callable complex dict divmod enumerate filter fl
         "MemoryError SystemExit KeyboardInterrupt True False None Ellipsis NotImplemented").split()
 CLOSED = {"main", "parse_args", "check", "Run", "train", "evaluate", "load_policy", "show_task", "read_problems", "TASKS", "METHODS"}
 # Attributes that lead out of a value: to modules, frames, files, other processes, torch's settings.
-OUT = (set(sys.stdlib_module_names) - {"copy", "select", "string", "numbers", "queue", "signal", *MODULES}) | set(
+OUT = (set(sys.stdlib_module_names) - {"copy", "select", "string", "numbers", "trace", "token", *MODULES}) | set(
     "load save tofile fromfile from_file dump memmap ctypes modules hub jit ops classes library compile get_device_module "
     "share_memory_ untyped_storage storage data_ptr gi_frame gi_code gi_yieldfrom f_back f_globals f_locals f_builtins f_code "
     "tb_frame tb_next cr_frame cr_code ag_frame ag_code mro utils overrides serialization multiprocessing distributed "
     "register_hook register_forward_hook register_forward_pre_hook set_num_threads".split())
+SYSTEM = set("os sys io inspect time copy subprocess gc builtins importlib socket ctypes".split())
 STORED = {"grad", "data", "requires_grad"}  # the only attributes that may be assigned
 UNDERSCORED = {"_replace", "_asdict", "_fields", "_make", "_"}
 NAMES = set("eval exec compile open input globals locals vars dir getattr setattr delattr breakpoint exit quit memoryview type "
@@ -159,7 +160,8 @@ def refusal(body, file, modules):
     """Raise Refused at the first thing that no exercise needs and that could reach the grader.
 
     modules: {name: the module that it means, or None where torch is not loaded} of the file's own imports."""
-    modules, nodes = dict(modules), [node for statement in body for node in ast.walk(statement)]
+    # Other modules are not there when the body runs, so their names are a body's own to use.
+    modules, nodes = {name: module for name, module in modules.items() if name in MODULES}, [node for statement in body for node in ast.walk(statement)]
     def refuse(node, what):
         raise Refused(f"refused: {file}, line {getattr(node, 'lineno', '?')}: {what} is not allowed in a graded body")
     for node in nodes:
@@ -173,6 +175,8 @@ def refusal(body, file, modules):
                     modules[alias.asname or alias.name.partition(".")[0]] = sys.modules.get(
                         name if alias.asname or isinstance(node, ast.ImportFrom) else name.partition(".")[0])
     roots = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)} | {
+        node.arg for node in nodes if isinstance(node, ast.arg)}  # the body's variables, whatever they are called
     for node in nodes:
         if isinstance(node, (ast.ClassDef, ast.Global, ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith)):
             refuse(node, {ast.ClassDef: "a class", ast.Global: "global"}.get(type(node), "async"))
@@ -182,12 +186,11 @@ def refusal(body, file, modules):
         if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)) and "__" in str(node.value):
             refuse(node, "a text with two underscores")
         if isinstance(node, ast.Name):
-            if node.id in NAMES and isinstance(node.ctx, ast.Load):
+            if node.id in NAMES and node.id not in own:
                 refuse(node, node.id)
             if node.id in modules and (id(node) not in roots or not isinstance(node.ctx, ast.Load)):
                 refuse(node, f"the module {node.id} as a value")
-            if node.id in OUT and node.id in sys.stdlib_module_names and isinstance(node.ctx, ast.Load) and node.id in (
-                    "os", "sys", "io", "inspect", "time", "copy", "subprocess", "gc", "builtins", "importlib", "socket", "ctypes"):
+            if node.id in SYSTEM and node.id not in own:
                 refuse(node, f"the module {node.id}")
         if isinstance(node, ast.Attribute):
             if node.attr in OUT or node.attr.startswith("set_default") or (

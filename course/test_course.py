@@ -316,9 +316,12 @@ def scores(results):
     return [row["score"] for row in results["tests"]]
 
 
-def test_doing_nothing_scores_nothing(tmp_path):
+def test_doing_nothing_scores_nothing(tmp_path, monkeypatch):
     make_student.make(tmp_path / "student")
+    states, true = [], grade.write
+    monkeypatch.setattr(grade, "write", lambda path, results: (states.append(json.dumps(results)), true(path, results)))
     results = grade.grade([tmp_path / "student"], tmp_path / "results.json", say=lambda *_, **__: None)
+    assert len(states) == 11 and [state.count("cut off before") for state in states] == list(range(10, -1, -1))
     assert results["score"] == 0 and scores(results) == [0] * 10
     assert all(row["output"].startswith("not done: ") for row in results["tests"])
     assert json.loads((tmp_path / "results.json").read_text()) == results
@@ -342,8 +345,11 @@ def test_hostile_submissions_lose_one_exercise_and_the_rest_is_graded(tmp_path, 
     sources = merged(
         (1, "import sys\nsys.modules[__name__] = None"), (2, "while True:\n    pass"), (3, LIMITS),
         (4, "while True:\n    print('x' * 100)"), (5, "raise SystemExit(0)"), (6, "import os\nos._exit(0)"),
-        (7, "import os\nwhile True:\n    os.fork()"), (8, "return open('amft.py').read()"))
-    monkeypatch.setattr(grade, "SECONDS", 12)
+        (7, "import os\nwhile True:\n    os.fork()"), (8, "return open('amft.py').read()"),
+        (9, "raise NotImplementedError"))
+    true = grade.in_process
+    monkeypatch.setattr(grade, "in_process", lambda e, sources, seeds, seconds, prefix: true(
+        e, sources, seeds, 4 if e["id"] == 2 else seconds, prefix=prefix))
     results = grade.grade([submitted(tmp_path / "in", sources)], tmp_path / "results.json", say=lambda *_, **__: None)
     said = [row["output"] for row in results["tests"]]
     assert scores(results) == [0] * 9 + [4], said
@@ -388,6 +394,7 @@ FINE = [
     "with torch.no_grad():\n    x = torch.zeros(3)", "return torch.autograd.grad(a, b)", "return torch.autograd.functional.jvp(f, x)",
     "def helper(x):\n    nonlocal y\n    return x\ny = 1", "return [x for x in range(3) if x]", "print('hello')", "return json.loads(x)",
     "return re.fullmatch('a', x)", "for _ in range(3): pass", "return x.copy()", "return torch.linalg.vector_norm(g)", "x.select(0, 1)",
+    "copy = x.clone()\nreturn copy", "id = 3\nreturn [id for _ in 'ab']", "return (lambda input: input)(1)", "return x.trace()",
 ]
 
 
@@ -458,6 +465,11 @@ def test_what_a_submission_may_look_like(tmp_path):
     changed = SOURCES["amft"].replace("SAVE_SECONDS = 30", "SAVE_SECONDS = 31")
     assert "was not used" in grade.remarks({"amft": changed}, list(EXERCISES.values()))[0]
     assert grade.remarks(answer(4, "return None"), list(EXERCISES.values())) == []
+
+
+def test_a_grader_that_runs_out_of_time_says_so(tmp_path):
+    results = grade.grade([submitted(tmp_path / "in", SOURCES)], tmp_path / "results.json", total=1, say=lambda *_, **__: None)
+    assert results["score"] == 0 and all("not graded" in row["output"] for row in results["tests"])
 
 
 def test_helpers_outside_are_said_to_be_out_of_reach():

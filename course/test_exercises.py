@@ -712,13 +712,17 @@ def drawn_step(seed, name, steps=None):
     return draw, theta, g_rl, g_sft, mu, amft.AdamState(m, v, step)
 
 
+def tangents_of(result):
+    if not isinstance(result, (tuple, list)) or len(result) != 3 or not all(isinstance(x, torch.Tensor) and x.dim() == 1 for x in result):
+        fail("step_sensitivity: expected a tuple of 3 tensors (N,), d (theta', m', v')/d mu")
+    return result
+
+
 def check_sensitivity(what, args, last=None, trace=0.0, **how):
     theta, g_rl, g_sft, mu, state = args
     expected = sensitivity_by_complex_step(*args, last, trace, **how)
     given = {} if last is None else dict(last=last, trace=trace)
-    result = call(amft.step_sensitivity, *args, **given, **how)
-    if not isinstance(result, (tuple, list)) or len(result) != 3:
-        fail("step_sensitivity: expected a tuple of 3, d (theta', m', v')/d mu")
+    result = tangents_of(call(amft.step_sensitivity, *args, **given, **how))
     def mistakes(part):
         found = {}
         if part == 0:
@@ -765,7 +769,7 @@ def test_step_sensitivity_is_no_finite_difference(seed):
     g_rl[1] = (draw.random.uniform(1e-9, 5e-9) - mu * g_sft[1]) / (1 - mu)
     how = dict(lr=0.02, max_norm=1e3)
     expected = sensitivity_by_complex_step(theta, g_rl, g_sft, mu, state, **how)[0][1]
-    result = call(amft.step_sensitivity, theta, g_rl, g_sft, mu, state, **how)
+    result = tangents_of(call(amft.step_sensitivity, theta, g_rl, g_sft, mu, state, **how))
     actual = result[0][1].detach()
     def mistakes():
         found = {}
