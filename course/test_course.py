@@ -2,13 +2,14 @@
 submissions that attack the grader.
 
     python -m pytest -q course/test_course.py
-    AMFT_SLOW=1 python -m pytest -q course/test_course.py     # every wrong answer with 20 seeds, every attack in a process
+    AMFT_SLOW=1 python -m pytest -q course/test_course.py     # every wrong answer with 8 seeds, every attack in a process
 """
 
 import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import lru_cache
@@ -207,7 +208,7 @@ def test_wrong_answers_lose_their_points_and_hear_why(case):
     exercise, sources, hint, text = case
     e = EXERCISES[exercise]
     others_unchanged(sources, exercise)
-    for seed in range(20 if SLOW else 1):
+    for seed in range(8 if SLOW else 1):
         passed, message = grade.judge(e, sources, [seed])
         assert not passed, f"seed {seed}: {text} passes"
         first = message.splitlines()[0]
@@ -408,13 +409,21 @@ def test_bodies_that_are_not_refused(body):
 
 
 # Bodies that were not refused, as if a way around the refusal had been found: what the process itself withstands.
+FORGE = """
+for fd in range(3, 40):
+    try:
+        system["write"](fd, b'[true, "60 points"]')
+    except OSError:
+        pass
+system["_exit"](0)
+"""
 UNCHECKED = [
     (ESCAPE + "system['fork']()", "os.fork"), (ESCAPE + "system['_exit'](0)", "before there was a verdict"),
     (ESCAPE + "system['system']('true')", "os.system"), (ESCAPE + "system['kill'](1, 0)", "os.kill"),
-    (ESCAPE + "system['open']('amft.py', 0)", "opening amft.py"), (ESCAPE + "system['write'](7, b'[true, 1]')", ""),
+    (ESCAPE + "system['open']('amft.py', 0)", "opening amft.py"), (ESCAPE + FORGE, "before there was a verdict"),
     ("import os", "import of os"), ("return open('amft.py')", "NameError"), ("return torch.ones(2 ** 30)", "700 MiB"),
-    ("return torch.load('/tmp/x')", "opening x"), ("torch.save(1, '/tmp/x')", "opening x"),
-    ("try:\n    torch.load('/tmp/x')\nexcept BaseException: pass\nreturn logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)",
+    ("return torch.load('x')", "opening x"), ("torch.save(1, 'x')", "iostream error"),
+    ("try:\n    torch.load('x')\nexcept BaseException: pass\nreturn logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)",
      "opening x"),
     ("def f(): return f()\nreturn f()", "RecursionError"),
 ]
@@ -493,11 +502,17 @@ def test_hidden_seeds_are_a_students_own_and_verified(monkeypatch):
 
 
 @slow
-def test_the_solution_scores_everything_by_the_command(tmp_path):
-    """From the student's folder, filled in, through the command, to results.json."""
-    out = tmp_path / "student"
-    make_student.make(out)
-    submitted(out, SOURCES)
-    subprocess.run([sys.executable, HERE / "grade.py", out, "--out", tmp_path / "results.json", "--student", "jdoe"], check=True)
-    results = json.loads((tmp_path / "results.json").read_text())
+def test_the_solution_scores_everything_by_gradescopes_own_script(tmp_path):
+    """From the student's folder, filled in, through run_autograder, to results.json."""
+    make_student.make(tmp_path / "submission")
+    submitted(tmp_path / "submission", SOURCES)
+    (tmp_path / "results").mkdir()
+    shutil.copytree(HERE, tmp_path / "source" / "course", ignore=shutil.ignore_patterns("__pycache__"))
+    submitted(tmp_path / "source", SOURCES)
+    (tmp_path / "source" / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "source" / "venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "source" / "venv" / "bin" / "python").chmod(0o755)
+    (tmp_path / "submission_metadata.json").write_text('{"users": [{"id": 7, "sid": "jdoe", "name": "J. Doe"}]}')
+    subprocess.run(["bash", HERE / "gradescope" / "run_autograder"], check=True, env={**os.environ, "AUTOGRADER": str(tmp_path)})
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert results["score"] == 60 and all(row["status"] == "passed" for row in results["tests"])
