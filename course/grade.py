@@ -14,9 +14,11 @@ is replaced as a whole after each exercise.
 
 What this does not protect from. Python is no sandbox: student code runs in the process that judges it. It reaches no
 module but those in MODULES, no file, no frame, no name with two underscores, and the verdict goes through a pipe with a
-word that it does not see; a fault of torch's own C++ code could still be used, so read a submission that looks strange,
-and run the grader in a container (Gradescope does). Nor does it tell a student's own work from a copy of the public
-solution; see the instructor's notes.
+word that it does not see. A way around all of these, or a fault in torch's own C++ code, could still be used: so read a
+submission that looks strange, and run the grader in a container, as Gradescope does. Files that C++ code opens are not
+seen (they can be created, but nothing can be written); the network is off where `unshare -n` is permitted, and sockets
+are refused in any case. A body can use as much of a core as it likes for 60 s. Nor does this tell a student's own work
+from a copy of the public solution; see the instructor's notes.
 """
 
 import argparse
@@ -57,10 +59,10 @@ MODULES = {"math", "itertools", "functools", "fractions", "collections", "json",
            "torch.autograd.forward_ad", "torch.special"}
 SAFE = ("abs all any bool bytes callable complex dict divmod enumerate filter float frozenset int isinstance issubclass iter len "
         "list map max min next pow range repr reversed round set slice sorted str sum tuple zip hash ord chr "
-        "ArithmeticError AssertionError AttributeError BaseException Exception FloatingPointError IndexError KeyError LookupError "
-        "NotImplementedError OverflowError RecursionError RuntimeError StopIteration TypeError ValueError ZeroDivisionError "
+        "ArithmeticError AssertionError AttributeError BaseException Exception FloatingPointError IndexError KeyError "
+        "LookupError NotImplementedError OverflowError RecursionError RuntimeError StopIteration TypeError ValueError ZeroDivisionError "
         "MemoryError SystemExit KeyboardInterrupt True False None Ellipsis NotImplemented").split()
-CLOSED = {"main", "parse_args", "check", "Run", "train", "evaluate", "load_policy", "show_task", "read_problems", "TASKS", "METHODS"}
+CLOSED = set("main parse_args check Run train evaluate load_policy show_task read_problems TASKS METHODS tqdm Path".split())
 # Attributes that lead out of a value: to modules, frames, files, other processes, torch's settings.
 OUT = (set(sys.stdlib_module_names) - {"copy", "select", "string", "numbers", "trace", "token", *MODULES}) | set(
     "load save tofile fromfile from_file dump memmap ctypes modules hub jit ops classes library compile get_device_module "
@@ -161,7 +163,8 @@ def refusal(body, file, modules):
 
     modules: {name: the module that it means, or None where torch is not loaded} of the file's own imports."""
     # Other modules are not there when the body runs, so their names are a body's own to use.
-    modules, nodes = {name: module for name, module in modules.items() if name in MODULES}, [node for statement in body for node in ast.walk(statement)]
+    modules = {name: module for name, module in modules.items() if name in MODULES}
+    nodes = [node for statement in body for node in ast.walk(statement)]
     def refuse(node, what):
         raise Refused(f"refused: {file}, line {getattr(node, 'lineno', '?')}: {what} is not allowed in a graded body")
     for node in nodes:
@@ -169,7 +172,7 @@ def refusal(body, file, modules):
             for alias in node.names:
                 name = alias.name if isinstance(node, ast.Import) else f"{node.module}.{alias.name}"
                 whole = name if isinstance(node, ast.Import) else node.module
-                if whole not in MODULES or alias.name == "*" or alias.name.startswith("_") or alias.name in OUT or getattr(node, "level", 0):
+                if whole not in MODULES or alias.name in OUT or alias.name[0] in "*_" or getattr(node, "level", 0):
                     refuse(node, f"import of {name}")
                 if isinstance(node, ast.Import) or name in MODULES:
                     modules[alias.asname or alias.name.partition(".")[0]] = sys.modules.get(
@@ -180,7 +183,8 @@ def refusal(body, file, modules):
     for node in nodes:
         if isinstance(node, (ast.ClassDef, ast.Global, ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith)):
             refuse(node, {ast.ClassDef: "a class", ast.Global: "global"}.get(type(node), "async"))
-        for name in [getattr(node, field, None) for field in ("name", "id", "attr", "arg", "rest")] + getattr(node, "kwd_attrs", []):
+        said = [getattr(node, field, None) for field in ("name", "id", "attr", "arg", "rest")]
+        for name in said + getattr(node, "kwd_attrs", []):
             if isinstance(name, str) and name.startswith("__"):
                 refuse(node, name)
         if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)) and "__" in str(node.value):
@@ -234,7 +238,8 @@ class Printer:
 def spliced(node, reference, module, printer):
     """The function with the reference's signature and the student's body, over names that lead nowhere else."""
     names = {name: value for name, value in vars(module).items()
-             if not name.startswith("__") and name not in CLOSED and name not in ("argparse", "tqdm", "Path")
+             if not name.startswith("__") and name not in CLOSED
+             and not str(getattr(value, "__module__", "")).startswith("transformers")  # they load files
              and (not isinstance(value, types.ModuleType) or value.__name__ in MODULES)}
     names["__builtins__"] = {name: getattr(builtins, name) for name in SAFE if hasattr(builtins, name)} | {
         "print": printer, "__import__": allowed_import}
@@ -347,7 +352,7 @@ def guard(caught):
     import resource
     import sysconfig
     libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-    closed = ("os.", "socket.", "subprocess.", "ctypes.", "shutil.", "tempfile.", "urllib.", "gc.", "pty.", "mmap.", "signal.", "syslog.")
+    closed = tuple(f"{name}." for name in "os socket subprocess ctypes shutil tempfile urllib gc pty mmap signal syslog".split())
     harmless = ("os.listdir", "os.scandir", "os.putenv", "os.unsetenv")
 
     def hook(event, args):
@@ -413,7 +418,8 @@ def resident(pid):
 def in_process(exercise, sources, seeds, seconds=SECONDS, check=True, prefix=()):
     """(passed, message, {seconds, cpu, mib}) of one exercise, in a process that cannot outlive this call."""
     word = secrets.token_hex(16)
-    job = dict(exercise=exercise["id"], sources={exercise["module"]: sources[exercise["module"]]}, seeds=list(seeds), check=check, word=word)
+    module = exercise["module"]
+    job = dict(exercise=exercise["id"], sources={module: sources[module]}, seeds=list(seeds), check=check, word=word)
     keep = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "LANG") if name in os.environ}
     start, most, said, why = time.monotonic(), 0.0, b"", None
     with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile() as given:
@@ -473,8 +479,8 @@ def read_submission(paths):
         name, found = f"{module}.py", []
         for path in map(Path, paths):
             root = path if path.is_dir() else path.parent
-            candidates = sorted(path.rglob(name), key=lambda p: (len(p.parts), p)) if path.is_dir() else [path] * (path.name == name)
-            for candidate in candidates:
+            candidates = path.rglob(name) if path.is_dir() else [path] * (path.name == name)
+            for candidate in sorted(candidates, key=lambda p: (len(p.parts), p)):
                 if candidate.is_symlink() or root.resolve() not in candidate.resolve().parents:
                     notes.append(f"{name}: a link, not read")
                 elif not candidate.is_file():

@@ -26,17 +26,15 @@ from grade import body_of, exercises, functions_in
 HERE = Path(__file__).resolve().parent
 SOLUTION = HERE.parent
 WIDTH = 110
-COPIED = ["requirements.txt", "LICENSE", "base/README.md", "base/config.json", "base/generation_config.json", "base/model.safetensors",
-          "base/tokenizer.json", "base/tokenizer_config.json", *(f"base-vl/{name}" for name in (
-              "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-              "processor_config.json", "preprocessor_config.json"))]
-HANDED_OUT = ["handout.md", "toy.py", "written.md"]  # of this folder, where they are
+POLICY = "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json".split()
+COPIED = ["requirements.txt", "LICENSE", "base/README.md", *(f"{folder}/{name}" for folder in ("base", "base-vl") for name in POLICY)]
+HANDED_OUT = ["handout.md", "toy.py", "written.md"]  # of this folder, where they are; and the handout's figures
 
 
 def stub(exercise, name, indent):
     """The lines of an emptied body."""
-    said = (f"Exercise {exercise['id']}, {exercise['points']} points, about {exercise['minutes']} minutes and {exercise['lines']} "
-            f"line{'s' * (exercise['lines'] > 1)}: {' '.join(exercise['text'].split())}")
+    said = ("Exercise {id}, {points} points, about {minutes} minutes and {lines} lines: ".format(**exercise)
+            .replace(" 1 lines", " 1 line") + " ".join(exercise["text"].split()))
     comment = textwrap.wrap(said, WIDTH - indent - 2)
     return [f"{' ' * indent}# {line}\n" for line in comment] + [
         f'{" " * indent}raise NotImplementedError("Exercise {exercise["id"]}: {name}; python -m pytest -q test_exercises.py '
@@ -92,16 +90,17 @@ def make(out, upto=1):
     hidden = [name for e in listed for name in e["hidden"]]
     (out / "test_exercises.py").write_text(visible_tests((HERE / "test_exercises.py").read_text(), hidden))
     (out / "exercises.toml").write_text(visible_table((HERE / "exercises.toml").read_text(), hidden))
-    for name in ["conftest.py", *(name for name in HANDED_OUT if (HERE / name).exists())]:
-        shutil.copyfile(HERE / name, out / name)
+    for path in [HERE / "conftest.py", *(HERE / name for name in HANDED_OUT), *HERE.glob("*.png")]:
+        if path.exists():
+            shutil.copyfile(path, out / path.name)
 
 
 def outcomes(folder):
     """{test: None where it passed, or its failure's text} of a folder's tests, by pytest in a process of its own."""
     with tempfile.TemporaryDirectory() as work:
         report = Path(work) / "report.xml"
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "test_exercises.py"],
-                       cwd=folder, capture_output=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "test_exercises.py"]
+        subprocess.run(command, cwd=folder, capture_output=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
         cases = ElementTree.parse(report).getroot().iter("testcase")
         return {case.get("name").partition("[")[0]: None if (bad := case.find("failure")) is None else bad.get("message")
                 for case in cases if case.find("error") is None}

@@ -238,7 +238,8 @@ def test_token_logps_of_improbable_tokens(seed):
     actual = call(amft.token_logps, logits, ids)
     if isinstance(actual, torch.Tensor) and actual.shape == ids.shape and (
             not actual.isfinite().all() or len(actual.unique()) == 1 < len(expected.unique())):
-        fail(f"token_logps of improbable tokens: {actual[0, 0].item():.4g}, expected {expected[0, 0].item():.4g}", "log_of_softmax")
+        got, wanted = actual[0, 0].item(), expected[0, 0].item()
+        fail(f"token_logps of improbable tokens, row 0, token 0: {got:.4g}, expected {wanted:.4g}", "log_of_softmax")
     agree("token_logps of improbable tokens", actual, expected, rtol=1e-5)
 
 
@@ -360,8 +361,9 @@ def test_group_advantages_without_a_signal(seed):
         hint = "division_by_nothing" if isinstance(advantages, torch.Tensor) and not advantages.isfinite().all() else None
         if hint:
             fail("without a signal: advantages are not finite", hint)
-        agree("advantages without a signal", advantages, torch.zeros_like(rewards), scale=1.0, rtol=0.0, axes=("prompt", "sample"),
-              mistakes=dict(batch_mean=(rewards - rewards.mean()) / (rewards - rewards.mean()).std(correction=0)))
+        grand = rewards - rewards.mean()
+        agree("advantages without a signal", advantages, torch.zeros_like(rewards), dict(batch_mean=grand / grand.std(correction=0)),
+              scale=1.0, rtol=0.0, axes=("prompt", "sample"))
         agree_number("scale without a signal", scale, 1.0)
 
 
@@ -421,8 +423,8 @@ def gae_backwards(rewards, values, mask, gamma, lam, wrong):
     return advantages
 
 
-GAE_MISTAKES = ("environment_counts", "environment_decays", "environment_follows", "bootstrapped", "no_gamma", "no_lam", "lam_without_gamma",
-                "one_delta", "no_baseline")
+GAE_MISTAKES = ("environment_counts", "environment_decays", "environment_follows", "bootstrapped", "no_gamma", "no_lam",
+                "lam_without_gamma", "one_delta", "no_baseline")
 
 
 def drawn_episodes(seed, name, whole=False):
@@ -713,7 +715,8 @@ def drawn_step(seed, name, steps=None):
 
 
 def tangents_of(result):
-    if not isinstance(result, (tuple, list)) or len(result) != 3 or not all(isinstance(x, torch.Tensor) and x.dim() == 1 for x in result):
+    if not isinstance(result, (tuple, list)) or len(result) != 3 or not all(
+            isinstance(x, torch.Tensor) and x.dim() == 1 for x in result):
         fail("step_sensitivity: expected a tuple of 3 tensors (N,), d (theta', m', v')/d mu")
     return result
 
@@ -774,8 +777,8 @@ def test_step_sensitivity_is_no_finite_difference(seed):
     def mistakes():
         found = {}
         for h in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8):
-            up, down, here = (step_by_loop(theta[1:2].tolist(), [((1 - x) * g_rl + x * g_sft)[1].item()], [0.0], [0.0], 0, **how)[0][0]
-                              for x in (mu + h, mu - h, mu))
+            up, down, here = (step_by_loop([theta[1].item()], [((1 - x) * g_rl + x * g_sft)[1].item()], [0.0], [0.0], 0,
+                                           **how)[0][0] for x in (mu + h, mu - h, mu))
             for slope in ((up - down) / (2 * h), (up - here) / h, (here - down) / h):
                 if abs(actual.item() - slope) < 0.05 * abs(slope):
                     found["finite_difference"] = actual
@@ -987,7 +990,8 @@ def test_update_mu_values(seed):
         check_update(f" with {n} estimate{'s' * (n > 1)}", *args, memory)
         check_update(" at memory's default", *args)
     for entropy, target in ((0.0, 9.0), (9.0, 0.0)):
-        check_update(f" with entropy {entropy:.0f} and H* {target:.0f}", 0.5, entropy, target, [], (normal(0, 1), 1.0), controller(draw))
+        check_update(f" with entropy {entropy:.0f} and H* {target:.0f}", 0.5, entropy, target, [], (normal(0, 1), 1.0),
+                     controller(draw))
 
 
 @exercise(9)
@@ -1017,7 +1021,8 @@ def test_update_mu_without_a_signal(seed):
     evidence = draw.random.gauss(0, 1), draw.random.uniform(0.5, 2)
     for estimates in ([], [(0.0, 0.0)]):
         for before in (evidence, (0.0, 0.0)):
-            check_update(" without a signal", 0.5, 1.0, 1.0 + draw.random.uniform(0.1, 0.3), estimates, before, controller(draw), 0.6)
+            target = 1.0 + draw.random.uniform(0.1, 0.3)
+            check_update(" without a signal", 0.5, 1.0, target, estimates, before, controller(draw), 0.6)
     check_update(" with one silent estimate of two", 0.5, 1.0, 1.1, [(draw.random.gauss(0, 1), 0.7), (0.0, 0.0)], evidence,
                  controller(draw), 0.6)
 
@@ -1068,9 +1073,11 @@ def test_grade_right_and_wrong_formulas(seed):
     """Random formulas over random numbers: the target is the value itself, or another number."""
     rng = Draw("grade", seed).random
     # 8 / (3 - 8 / 3) = 24: floats miss it.
-    check_grade(deal_of([8, 3, 8, 3], 24), "8/(3-8/3)=24", "correct", {"wrong_result": "rounded", "illegal_number": "numbers_in_order"})
+    check_grade(deal_of([8, 3, 8, 3], 24), "8/(3-8/3)=24", "correct",
+                {"wrong_result": "rounded", "illegal_number": "numbers_in_order"})
     a = rng.randint(2, 9)
-    check_grade(deal_of([a, a, 1, 2], 24), f"(2+1)/({a}-{a})=24", "wrong_result", {"correct": "zero_division", "illegal_number": "numbers_in_order"})
+    check_grade(deal_of([a, a, 1, 2], 24), f"(2+1)/({a}-{a})=24", "wrong_result",
+                {"correct": "zero_division", "illegal_number": "numbers_in_order"})
     for _ in range(40):
         numbers = [rng.randint(1, 10) for _ in range(4)]
         tree = random_tree(rng, rng.sample(numbers, 4))
