@@ -402,7 +402,7 @@ def gae_backwards(rewards, values, mask, gamma, lam, wrong):
     advantages = torch.zeros_like(values)
     for b in range(B):
         own = [t for t in range(T) if mask[b, t] > 0]
-        running, following, last = 0.0, 0.0, True
+        running, following, last = 0.0, values[b, -1].item() if wrong == "bootstrapped_column" else 0.0, True
         for t in reversed(range(T)):
             value = values[b, t].item()
             if not mask[b, t] and wrong not in ("environment_counts", "environment_decays"):
@@ -423,7 +423,7 @@ def gae_backwards(rewards, values, mask, gamma, lam, wrong):
     return advantages
 
 
-GAE_MISTAKES = ("environment_counts", "environment_decays", "environment_follows", "bootstrapped", "no_gamma", "no_lam",
+GAE_MISTAKES = ("environment_counts", "environment_decays", "environment_follows", "bootstrapped", "bootstrapped_column", "no_gamma", "no_lam",
                 "lam_without_gamma", "one_delta", "no_baseline")
 
 
@@ -441,7 +441,7 @@ def check_gae(what, rewards, values, mask, gamma, lam, how):
         found = {}
         for name in GAE_MISTAKES:
             wrong = gae_backwards(rewards, values, mask, gamma, lam, name)
-            name = "environment_counts" if name.startswith("environment") else name
+            name = {"environment": "environment_counts", "bootstrapped": "bootstrapped"}.get(name.split("_")[0], name)
             found.setdefault(name, []).extend([wrong * mask, wrong])
         if result[0].shape == mask.shape and near(result[0].detach() * mask, expected, 1e-7, expected.abs().max().item()):
             found["unmasked"] = result[0].detach()
