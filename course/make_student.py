@@ -51,7 +51,13 @@ def emptied(source, exercise_of):
         signature = max([node.lineno] + [part.end_lineno for part in ast.walk(node.args) if hasattr(part, "end_lineno")]
                         + ([node.returns.end_lineno] if node.returns else []))
         start = node.body[0].end_lineno if first is not node.body[0] else signature
-        lines[start:node.end_lineno] = stub(exercise, name, first.col_offset)
+        end = node.end_lineno
+        for i in range(end, len(lines)):  # and comments below the last one
+            text = lines[i].strip()
+            if text and not (text.startswith("#") and lines[i].index("#") >= first.col_offset):
+                break
+            end = i + 1 if text else end
+        lines[start:end] = stub(exercise, name, first.col_offset)
     return "".join(lines)
 
 

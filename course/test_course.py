@@ -267,6 +267,36 @@ def test_a_students_folder(tmp_path):
         assert grade.remarks({module: made}, list(EXERCISES.values())) == []
 
 
+def test_comments_of_a_body_go_and_those_of_a_signature_stay():
+    source = """class A:
+    def f(self,
+          x: int = 3) -> int:  # (B, T)
+        # the answer is 4
+        return x + 1  # 4
+
+        # and 5
+
+    def g(self):
+        \"\"\"Says.
+
+        More.\"\"\"
+        # secret
+        def helper():
+            # secret
+            return 3
+        return helper()
+
+
+def h():  # stays
+    return 1
+"""
+    made = make_student.emptied(source, {"A.f": EXERCISES[1], "A.g": EXERCISES[2]})
+    assert "answer" not in made and "secret" not in made and "x + 1" not in made and "and 5" not in made
+    assert all(kept in made for kept in ("def f(self,\n          x: int = 3) -> int:  # (B, T)\n        # Exercise 1, 4 points",
+                                         'Says.\n\n        More."""\n        # Exercise 2', "def h():  # stays\n    return 1\n"))
+    assert all(grade.is_stub(node) == (name != "h") for name, node in functions(made).items())
+
+
 def test_a_folder_with_the_first_exercises_solved(tmp_path):
     make_student.make(tmp_path / "student", upto=4)
     for e in EXERCISES.values():
@@ -374,7 +404,7 @@ REFUSED = [
     "class Fake:\n    def __eq__(self, other): return True", "def __eq__(a, b): return True", "type('F', (), {})", "global gae\ngae = None",
     "match 1:\n    case int(__class__=x): return x", "inspect.currentframe()", "breakpoint()", "input()", "import gc", "import ctypes",
     "async def f(): pass", "return torch.get_device_module('cpu')", "torch.set_default_dtype(torch.float16)", "return math", "x = [].__len__",
-    "torch.zeros(1).numpy().tofile('x')", "return torch.func", "return torch.zeros(1).share_memory_()",
+    "return torch.backends.cpu.get_cpu_capability()", "torch.zeros(1).numpy().tofile('x')", "return torch.func", "return torch.zeros(1).share_memory_()",
 ]
 
 
