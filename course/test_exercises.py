@@ -625,17 +625,13 @@ def check_steps(what, draw, max_norm, steps=4, **how):
         if not isinstance(result[1], amft.AdamState):
             fail(f"adamw_step: the new state is a {type(result[1]).__name__}, expected an AdamState")
         actual = result[0], result[1].m, result[1].v
-        def mistakes(part):
-            found = {}
-            for name in STEP_MISTAKES:
-                wrong = tensor(step_by_loop(*before, step, lr, max_norm, wrong=name, **how)[part])
-                if not near(wrong, expected[part], 1e-6, expected[part].abs().max().item()):
-                    found[name] = wrong
-            return found
+        def mistakes(part, scale):
+            wrong = {name: tensor(step_by_loop(*before, step, lr, max_norm, wrong=name, **how)[part]) for name in STEP_MISTAKES}
+            return {name: value for name, value in wrong.items() if not near(value, expected[part], 2e-6, scale)}
         # theta' - theta: what is compared is the step, not how little it changed theta.
         for part, name in ((1, "m"), (2, "v"), (0, "theta")):
-            scale = (expected[0] - theta).abs().max().item() if part == 0 else None
-            agree(f"{name}' of step {step + 1}{what}", actual[part], expected[part], lambda: mistakes(part), rtol=2e-6,
+            scale = (expected[0] - theta if part == 0 else expected[part]).abs().max().item()
+            agree(f"{name}' of step {step + 1}{what}", actual[part], expected[part], lambda: mistakes(part, scale), rtol=2e-6,
                   axes=("entry",), scale=scale)
         if result[1].step != step + 1:
             fail(f"adamw_step{what}: the new state's step is {result[1].step}, expected {step + 1}")
@@ -645,9 +641,9 @@ def check_steps(what, draw, max_norm, steps=4, **how):
 @exercise(6)
 def test_adamw_step_against_torch(seed):
     draw = Draw("adamw_step", seed)
+    betas = draw.random.uniform(0.5, 0.8), draw.random.uniform(0.8, 0.95)
+    check_steps(" with other betas and eps", draw, 100.0, betas=betas, eps=draw.random.uniform(0.02, 0.1))
     check_steps("", draw, 100.0, weight_decay=draw.random.uniform(0.05, 0.5))
-    check_steps(" with other betas and eps", draw, 100.0, betas=(draw.random.uniform(0.5, 0.8), draw.random.uniform(0.8, 0.95)),
-                eps=draw.random.uniform(0.02, 0.1))
 
 
 @exercise(6)
