@@ -12,9 +12,9 @@ points if all tests pass with the visible seed and with three hidden ones, which
 in AMFT_COURSE_SECRET; all seeds are among those with which the reference was seen to pass. results.json is Gradescope's, and
 is replaced as a whole after each exercise.
 
-What this does not protect from. Python is no sandbox: student code runs in the process that judges it. It reaches no
-module but those in MODULES, no file, no frame, no name with two underscores, and the verdict goes through a pipe with a
-word that it does not see. A way around all of these, or a fault in torch's own C++ code, could still be used: so read a
+What this does not protect from. Python is no sandbox: student code runs in the process that judges it. It is kept from
+modules but those in MODULES, from files, frames and names with two underscores, and the verdict goes through a pipe with a
+word that it is not shown. A way around all of these, or a fault in torch's own C++ code, could still be used: so read a
 submission that looks strange, and run the grader in a container, as Gradescope does. Files that C++ code opens are not
 seen (they can be created, but nothing can be written); the network is off where `unshare -n` is permitted, and sockets
 are refused in any case. A body can use as much of a core as it likes for 60 s. Nor does this tell a student's own work
