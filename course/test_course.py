@@ -1,0 +1,548 @@
+"""Tests of the course kit: the student's folder, the wrong answers that must lose their points and hear why, and
+submissions that attack the grader.
+
+    python -m pytest -q course/test_course.py
+    AMFT_SLOW=1 python -m pytest -q course/test_course.py     # every wrong answer with 8 seeds, every attack in a process
+"""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import grade  # noqa: E402
+import make_student  # noqa: E402
+
+SLOW = bool(os.environ.get("AMFT_SLOW"))
+slow = pytest.mark.skipif(not SLOW, reason="takes longer: AMFT_SLOW=1 runs it")
+SOURCES = {module: (HERE.parent / f"{module}.py").read_text() for module in ("amft", "tasks")}
+EXERCISES = {e["id"]: e for e in grade.exercises()}
+
+
+@lru_cache(maxsize=4)
+def functions(source):
+    return grade.functions_in(ast.parse(source))
+
+
+def answer(exercise, body, function=None):
+    """The sources with another body, a text without indent, of an exercise's function."""
+    e = EXERCISES[exercise]
+    name = function or e["functions"][0]
+    source = SOURCES[e["module"]]
+    node, lines = functions(source)[name], source.splitlines(keepends=True)
+    first = grade.body_of(node)[0]
+    start = node.body[0].end_lineno if first is not node.body[0] else first.lineno - 1
+    lines[start:node.end_lineno] = [" " * first.col_offset + line + "\n" for line in body.strip("\n").splitlines()]
+    return {**SOURCES, e["module"]: "".join(lines)}
+
+
+def edited(exercise, old, new):
+    """The sources with one text of an exercise's solution replaced."""
+    e = EXERCISES[exercise]
+    source = SOURCES[e["module"]]
+    for name in e["functions"]:
+        node = functions(source)[name]
+        lines = source.splitlines(keepends=True)
+        text = "".join(lines[node.lineno - 1:node.end_lineno])
+        if old in text:
+            lines[node.lineno - 1:node.end_lineno] = [text.replace(old, new, 1)]
+            return {**SOURCES, e["module"]: "".join(lines)}
+    raise AssertionError(f"exercise {exercise} does not hold {old!r}")
+
+
+# Exercise, a text of the solution, what a wrong answer has there, the hint that it must hear.
+WRONG = [
+    (1, "logits.log_softmax(-1)", "logits.softmax(-1).log()", "log_of_softmax"),
+    (1, "logits.log_softmax(-1)", "logits.softmax(-1).clamp(min=1e-12).log()", "log_of_softmax"),
+    (1, "logits.log_softmax(-1)", "logits.softmax(-1)", "probability"),
+    (1, "logits.log_softmax(-1)", "logits", "raw_logit"),
+    (1, "logits.log_softmax(-1)", "logits.log_softmax(1)", "wrong_axis"),
+    (1, "ids.unsqueeze(-1)", "ids.roll(-1, 1).unsqueeze(-1)", "shifted_ids"),
+    (1, "ids.unsqueeze(-1)", "logits.argmax(-1).unsqueeze(-1)", "likeliest"),
+    (1, "return logits", "return -logits", "negated"),
+    (1, "logits.log_softmax(-1)", "logits.detach().log_softmax(-1)", "no_gradient"),
+    (2, "-(logps * mask).sum() / (mask.sum() if tokens is None else tokens)", "-(logps * mask).mean()", "sft_all_positions"),
+    (2, "-(logps * mask).sum() / (mask.sum() if tokens is None else tokens)", "-((logps * mask).sum(1) / mask.sum(1)).mean()",
+     "sft_row_means"),
+    (2, "-(logps * mask)", "(logps * mask)", "sft_sign"),
+    (2, "(logps * mask).sum()", "logps.sum()", "sft_no_mask"),
+    (2, "(mask.sum() if tokens is None else tokens)", "mask.sum()", "sft_ignores_tokens"),
+    (2, "(mask.sum() if tokens is None else tokens)", "len(mask)", "sft_per_sequence"),
+    (2, "beta * (", "(", "reward_no_beta"),
+    (2, "mask).sum(-1)", "mask).sum(-1) / mask.sum(-1)", "reward_mean"),
+    (2, "logps - ref_logps", "ref_logps - logps", "reward_sign"),
+    (2, "(logps - ref_logps)", "logps", "reward_no_reference"),
+    (3, " * G / (G - 1)", "", "own_mean"),
+    (3, "rewards.mean(1, keepdim=True)) * G / (G - 1)", "rewards.mean())", "batch_mean"),
+    (3, "(centred / scale, scale)", "(centred / centred.std(1, keepdim=True), scale)", "group_std"),
+    (3, "correction=0", "correction=1", "sample_std"),
+    (3, "(centred / scale, scale) if scale > 1e-6 else (torch.zeros_like(centred), 1.0)", "(centred / scale, scale)",
+     "division_by_nothing"),
+    (3, "raise ValueError", "return rewards, 1.0 #", "one_sample"),
+    (3, "centred.std(", "rewards.std(", "scale_of_rewards"),
+    (4, "torch.where(own, values[:, t], following)", "values[:, t]", "environment_counts"),
+    (4, "torch.where(own, delta + gamma * lam * running, running)", "torch.where(own, delta, 0) + gamma * lam * running",
+     "environment_counts"),
+    (4, "running = following = torch.zeros_like(values[:, 0])", "running, following = 0 * values[:, 0], values[:, -1]", "bootstrapped"),
+    (4, "+ gamma * following", "+ following", "no_gamma"),
+    (4, "gamma * lam * running", "gamma * running", "no_lam"),
+    (4, "gamma * lam * running", "lam * running", "lam_without_gamma"),
+    (4, "delta + gamma * lam * running", "delta", "one_delta"),
+    (4, " - values[:, t]", "", "no_baseline"),
+    (4, "running * own", "running", "unmasked"),
+    (4, "(advantages + values) * mask", "advantages", "returns_are_advantages"),
+    (5, "torch.minimum", "torch.maximum", "maximum"),
+    (5, "torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)",
+     "ratio.clamp(1 - clip, 1 + clip) * advantages", "clipped_alone"),
+    (5, "ratio.clamp(1 - clip, 1 + clip)", "ratio", "not_clipped"),
+    (5, ".exp()", "", "log_ratio"),
+    (5, "logps - old_logps", "old_logps - logps", "inverse_ratio"),
+    (5, "-(surrogate", "(surrogate", "ppo_sign"),
+    (5, "(surrogate * mask).sum()", "surrogate.sum()", "ppo_no_mask"),
+    (5, "(mask.sum() if tokens is None else tokens)", "mask.sum()", "ppo_ignores_tokens"),
+    (5, "-(surrogate * mask).sum() / (mask.sum() if tokens is None else tokens)",
+     "-((surrogate * mask).sum(1) / mask.sum(1)).mean()", "ppo_row_means"),
+    (5, "(logps - old_logps).exp()", "(logps - old_logps).detach().exp()", "ppo_detached"),
+    (6, "m / (1 - betas[0] ** step)) / (root / math.sqrt(1 - betas[1] ** step)", "m) / (root", "no_bias_correction"),
+    (6, "theta * (1 - lr * weight_decay)", "theta", "no_decay"),
+    (6, "1 - lr * weight_decay", "1 - weight_decay", "decay_without_lr"),
+    (6, "step = state.step + 1", "grad, weight_decay, step = grad + weight_decay * theta, 0, state.step + 1", "l2_decay"),
+    (6, "(root / math.sqrt(1 - betas[1] ** step) + eps)", "((root + eps) / math.sqrt(1 - betas[1] ** step))", "eps_before_correction"),
+    (6, "root / math.sqrt(1 - betas[1] ** step) + eps", "(v / (1 - betas[1] ** step) + eps).sqrt()", "eps_inside"),
+    (6, ".clamp(max=1.0)", "", "always_scaled"),
+    (6, "grad * (max_norm / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0)", "grad", "not_clipped_norm"),
+    (6, "grad * (max_norm / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0)", "grad.clamp(-max_norm, max_norm)",
+     "clipped_by_value"),
+    (6, "torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)", "v.sqrt()", "derivative_not_finite"),
+    (7, "(1 - mu) * g_rl + mu * g_sft", "mu * g_rl + (1 - mu) * g_sft", None),
+    (7, "AdamState(m, v, state.step), **how)", "AdamState(m, v, state.step), **{**how, 'max_norm': 1e30})", "unclipped_derivative"),
+    (7, "trace * x for x in last", "x for x in last", "trace_not_applied"),
+    (7, "if last is None else", "if True else", "trace_missing"),
+    (7, "(torch.ones_like(mu), *moved)", "(torch.ones_like(mu), moved[0], 0 * theta, 0 * theta)", "trace_only_theta"),
+    (7, "(torch.ones_like(mu), *moved)", "(-torch.ones_like(mu), *moved)", "sensitivity_sign"),
+    (8, "(scale * advantages[p] * logps)", "(advantages[p] * logps)", "standardised"),
+    (8, "group_advantages(rollouts.success)", "(rollouts.success, 1.0)", "without_baseline"),
+    (8, "group_advantages(rollouts.success)", "(rollouts.success - rollouts.success.mean(), 1.0)", "batch_baseline"),
+    (8, "group_advantages(rollouts.success)", "(rollouts.success - rollouts.success.mean(1, keepdim=True), 1.0)",
+     "own_sample_in_baseline"),
+    (8, "logps_of(model, part, config.temperature)", "logps_of(model, part)", "no_temperature"),
+    (8, "part, config.temperature) * part.mask)", "part, config.temperature))", "whole_batch_mask"),
+    (8, "slopes.mean().item()", "slopes.sum().item()", "sum_of_prompts"),
+    (8, "slopes.mean().item()", "slopes[slopes != 0].sum().item() / max(1, (slopes != 0).sum().item())", "silent_prompts_dropped"),
+    (8, "slopes.std()", "slopes.std(correction=0)", "error_population"),
+    (8, "math.sqrt(P)", "math.sqrt(P * G)", "error_over_samples"),
+    (8, " / math.sqrt(P)", "", "error_not_of_mean"),
+    (9, "(target_entropy - entropy)", "(entropy - target_entropy)", "entropy_sign"),
+    (9, "memory * evidence[0]", "evidence[0]", None),
+    (9, "memory ** 2 * evidence[1]", "memory * evidence[1]", "memory_not_squared"),
+    (9, "sum(error ** 2 for", "sum(error for", "error_not_squared"),
+    (9, "math.erf(total / math.sqrt(2 * variance))", "math.erf(total / math.sqrt(variance))", "erf_of_z"),
+    (9, "math.erf(total / math.sqrt(2 * variance))", "(1 if total > 0 else -1)", "sign_alone"),
+    (9, "math.erf(total / math.sqrt(2 * variance))", "sum(slope for slope, _ in estimates)", "slope_alone"),
+    (9, "if error > 0", "", "zero_error"),
+    (9, "min(max(mu + meta_force + entropy_force, config.mu_min), config.mu_max)", "mu + meta_force + entropy_force", "not_clipped_mu"),
+    (10, "sorted(used) != sorted(self.numbers)", "set(used) != set(self.numbers)", "numbers_as_a_set"),
+    (10, "sorted(used) != sorted(self.numbers)", "tuple(used) != tuple(self.numbers)", "numbers_in_order"),
+    (10, "sorted(used) != sorted(self.numbers)", "False", "numbers_not_checked"),
+    (10, "sorted(self.numbers)", "sorted(fields_of(response).get('number'))", "number_field"),
+    (10, "value == self.target", "value == 24", "fixed_target"),
+    (10, "right.strip(\" \") != str(self.target)", "False", "stated_target"),
+    (10, "(equals and right", "(right", "equals_required"),
+    (10, "len(formula) > MAX_FORMULA or ", "", "too_long"),
+    (10, "value == self.target", "value is None or value == self.target", "zero_division"),
+    (10, "if not isinstance(formula, str)", "if formula is None", None),
+]
+# Exercise, a whole body, the hint.
+BODIES = [
+    (7, """
+h = 1e-5
+def step(mu):
+    after, new = adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, **how)
+    return after, new.m, new.v
+return tuple((a - b) / (2 * h) for a, b in zip(step(mu + h), step(mu - h)))
+""", "finite_difference"),
+    (7, """
+h = 1e-5
+starts = [(0.0 * theta if last is None else trace * x) for x in last or (theta,) * 3]
+def step(s):
+    at = [x + s * d for x, d in zip((theta, state.m, state.v), starts)]
+    after, new = adamw_step(at[0], (1 - mu - s) * g_rl + (mu + s) * g_sft, AdamState(at[1], at[2], state.step), **how)
+    return after, new.m, new.v
+ends = {s: step(s * h) for s in (-2, -1, 1, 2)}
+return tuple((8 * (b - a) - (d - c)) / (12 * h) for c, a, b, d in zip(*(ends[s] for s in (-2, -1, 1, 2))))
+""", "finite_difference"),
+    (7, "return -how['lr'] * (g_sft - g_rl), torch.zeros_like(theta), torch.zeros_like(theta)", None),
+    (4, "return (rewards - values) * mask, rewards * mask", None),
+    (8, "return 0.0, 0.0", None),
+    (5, "return logps.sum() * 0", None),
+    (9, "return mu, evidence, (0.0, 0.0)", None),
+    (10, "return 'correct' if str(self.target) in response else 'wrong_result'", None),
+]
+
+
+def others_unchanged(sources, exercise):
+    """Do the other exercises' functions still hold the solution's bodies?"""
+    for module, source in SOURCES.items():
+        for e in EXERCISES.values():
+            if e["module"] == module and e["id"] != exercise and sources[module] != source:
+                for name in e["functions"]:
+                    assert ast.dump(functions(sources[module])[name]) == ast.dump(functions(source)[name])
+
+
+CASES = [(n, edited(n, old, new), hint, new) for n, old, new, hint in WRONG] + [
+    (n, answer(n, body), hint, body) for n, body, hint in BODIES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[2]}")
+def test_wrong_answers_lose_their_points_and_hear_why(case):
+    """Each is judged as grade.py does, but in this process. What is wrong in one exercise leaves the others as they are."""
+    exercise, sources, hint, text = case
+    e = EXERCISES[exercise]
+    others_unchanged(sources, exercise)
+    for seed in range(8 if SLOW else 1):
+        passed, message = grade.judge(e, sources, [seed])
+        assert not passed, f"seed {seed}: {text} passes"
+        first = message.splitlines()[0]
+        said = [name for name, question in e["hints"].items() if question in first]
+        assert said == [hint] if hint else len(said) <= 1, f"seed {seed}: {text}: {message}"
+
+
+def test_the_solution_passes():
+    for e in EXERCISES.values():
+        passed, message = grade.judge(e, SOURCES, [0])
+        assert passed, message
+
+
+# --- What is in the folder that students get ----------------------------------------------------------------------
+
+
+def test_the_table_of_exercises_is_whole():
+    assert list(EXERCISES) == list(range(1, 11)) and sum(e["points"] for e in EXERCISES.values()) == 60
+    text = (HERE / "test_exercises.py").read_text()
+    marked = re.findall(r"^@exercise\((\d+)\)\ndef (test_\w+)\(seed\)", text, re.M)
+    assert marked == [(str(e["id"]), name) for e in EXERCISES.values() for name in e["tests"]]
+    assert len(re.findall(r"^def test_", text, re.M)) == len(marked)
+    for e in EXERCISES.values():
+        assert set(e["hidden"]) < set(e["tests"])
+        for name in e["functions"]:
+            assert name in functions(SOURCES[e["module"]])
+    said = {hint for _, _, hint, _ in CASES}
+    for e in EXERCISES.values():
+        for hint in e["hints"]:
+            assert f'"{hint}"' in text or f"{hint}=" in text, f"{hint}: no test says it"
+    assert len(said) > 70
+
+
+def test_a_students_folder(tmp_path):
+    """It holds what it should, its tests fail on each stub for being one, and all pass on the solution."""
+    out = tmp_path / "student"
+    make_student.make(out)
+    assert make_student.check(out) == []
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert {"amft.py", "tasks.py", "requirements.txt", "test_exercises.py", "conftest.py", "exercises.toml",
+            "base/model.safetensors"} <= files
+    assert not [name for name in files if re.search("mutants|recorded|metrics|grade|answers|instructor|test_amft|test_course|[.]git", name)]
+    hidden = [name for e in EXERCISES.values() for name in e["hidden"]]
+    assert hidden and not any(name in (out / file).read_text() for name in hidden for file in ("test_exercises.py", "exercises.toml"))
+    for module, source in SOURCES.items():
+        made = (out / f"{module}.py").read_text()
+        for e in EXERCISES.values():
+            for name in e["functions"] if e["module"] == module else ():
+                mine, theirs = functions(made)[name], functions(source)[name]
+                assert ast.get_docstring(mine) == ast.get_docstring(theirs) and ast.dump(mine.args) == ast.dump(theirs.args)
+                assert grade.is_stub(mine)
+                assert made.splitlines()[mine.lineno - 1] == source.splitlines()[theirs.lineno - 1]  # its comment on shapes
+                body = "\n".join(source.splitlines()[theirs.lineno:theirs.end_lineno])
+                for comment in re.findall(r"(?<=# ).*$", body, re.M):
+                    assert comment not in made
+        assert grade.remarks({module: made}, list(EXERCISES.values())) == []
+
+
+def test_comments_of_a_body_go_and_those_of_a_signature_stay():
+    source = """class A:
+    def f(self,
+          x: int = 3) -> int:  # (B, T)
+        # the answer is 4
+        return x + 1  # 4
+
+        # and 5
+
+    def g(self):
+        \"\"\"Says.
+
+        More.\"\"\"
+        # secret
+        def helper():
+            # secret
+            return 3
+        return helper()
+
+
+def h():  # stays
+    return 1
+"""
+    made = make_student.emptied(source, {"A.f": EXERCISES[1], "A.g": EXERCISES[2]})
+    assert "answer" not in made and "secret" not in made and "x + 1" not in made and "and 5" not in made
+    assert all(kept in made for kept in ("def f(self,\n          x: int = 3) -> int:  # (B, T)\n        # Exercise 1, 4 points",
+                                         'Says.\n\n        More."""\n        # Exercise 2', "def h():  # stays\n    return 1\n"))
+    assert all(grade.is_stub(node) == (name != "h") for name, node in functions(made).items())
+
+
+def test_a_folder_with_the_first_exercises_solved(tmp_path):
+    make_student.make(tmp_path / "student", upto=4)
+    for e in EXERCISES.values():
+        for name in e["functions"]:
+            node = functions((tmp_path / "student" / f"{e['module']}.py").read_text())[name]
+            assert grade.is_stub(node) == (e["id"] >= 4)
+    with pytest.raises(ValueError, match="not empty"):
+        make_student.make(tmp_path / "student")
+
+
+@slow
+def test_a_folder_whose_tests_are_wrong_is_noticed(tmp_path):
+    out = tmp_path / "student"
+    make_student.make(out, upto=10)
+    text = (out / "test_exercises.py").read_text()
+    (out / "test_exercises.py").write_text(text + "\n\n@exercise(10)\ndef test_nothing(seed):\n    pass\n")
+    assert make_student.outcomes(out).keys() > {"test_nothing", "test_gae_values"}
+    (out / "test_exercises.py").write_text(re.sub(r"(def test_grade_uses_the_deal\(seed\):\n)", r"\1    return\n", text))
+    assert any("test_grade_uses_the_deal: passes without exercise 10" in line for line in make_student.check(out, upto=10))
+
+
+# --- Submissions --------------------------------------------------------------------------------------------------
+
+
+def submitted(folder, sources):
+    folder.mkdir(parents=True, exist_ok=True)
+    for module, source in sources.items():
+        (folder / f"{module}.py").write_text(source)
+    return folder
+
+
+def merged(*changes):
+    """One pair of sources of several bodies, (exercise, body)."""
+    sources = dict(SOURCES)
+    for exercise, body in changes:
+        e = EXERCISES[exercise]
+        for name in e["functions"]:
+            source = sources[e["module"]]
+            node, lines = functions(source)[name], source.splitlines(keepends=True)
+            first = grade.body_of(node)[0]
+            start = node.body[0].end_lineno if first is not node.body[0] else first.lineno - 1
+            lines[start:node.end_lineno] = [" " * first.col_offset + line + "\n" for line in body.strip("\n").splitlines()]
+            sources[e["module"]] = "".join(lines)
+    return sources
+
+
+def scores(results):
+    return [row["score"] for row in results["tests"]]
+
+
+def test_doing_nothing_scores_nothing(tmp_path, monkeypatch):
+    make_student.make(tmp_path / "student")
+    states, true = [], grade.write
+    monkeypatch.setattr(grade, "write", lambda path, results: (states.append(json.dumps(results)), true(path, results)))
+    results = grade.grade([tmp_path / "student"], tmp_path / "results.json", say=lambda *_, **__: None)
+    assert len(states) == 11 and [state.count("cut off before") for state in states] == list(range(10, -1, -1))
+    assert results["score"] == 0 and scores(results) == [0] * 10
+    assert all(row["output"].startswith("not done: ") for row in results["tests"])
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert results["output"] == ""  # nothing was changed around the exercises
+
+
+LIMITS = """
+held = []
+while True:
+    held.append(torch.ones(2 ** 25))
+"""
+ESCAPE = """
+for kind in ().__class__.__base__.__subclasses__():
+    if kind.__name__ == "_wrap_close":
+        system = kind.__init__.__globals__
+"""
+
+
+def test_hostile_submissions_lose_one_exercise_and_the_rest_is_graded(tmp_path, monkeypatch):
+    """By the command's own path: refused bodies start no process, the others are stopped."""
+    sources = merged(
+        (1, "import sys\nsys.modules[__name__] = None"), (2, "while True:\n    pass"), (3, LIMITS),
+        (4, "while True:\n    print('x' * 100)"), (5, "raise SystemExit(0)"), (6, "import os\nos._exit(0)"),
+        (7, "import os\nwhile True:\n    os.fork()"), (8, "return open('amft.py').read()"),
+        (9, "raise NotImplementedError"))
+    true = grade.in_process
+    monkeypatch.setattr(grade, "in_process", lambda e, sources, seeds, seconds, prefix: true(
+        e, sources, seeds, 4 if e["id"] == 2 else seconds, prefix=prefix))
+    results = grade.grade([submitted(tmp_path / "in", sources)], tmp_path / "results.json", say=lambda *_, **__: None)
+    said = [row["output"] for row in results["tests"]]
+    assert scores(results) == [0] * 9 + [4], said
+    assert all(len(text.splitlines()) <= 3 for text in said)
+    for text, part in zip(said, ("import of sys is not allowed", "longer than 4 s", "700 MiB", "printing without end", "SystemExit",
+                                 "import of os is not allowed", "import of os is not allowed", "open is not allowed", "not done",
+                                 "tests passed")):
+        assert part in text, text
+
+
+REFUSED = [
+    "sys.modules[__name__] = None", "sys.exit()", "os._exit(0)", "os.fork()", "exit()", "quit()", "import amft", "from amft import gae",
+    "import test_exercises", "import importlib", "from torch import os", "import torch.multiprocessing", "import numpy",
+    "return torch.os", "return torch.multiprocessing.Process()", "t = torch\nt.os", "return [torch][0]", "torch.load('x')", "torch.save(1, 'x')",
+    "return torch.utils.data", "return torch.hub.load('x')", "import functools\nreturn functools.sys", "import torch as t\nreturn t.ops.x",
+    "from torch import nn\nreturn nn.modules.module", "from torch.nn import functional as F\nreturn F.importlib", "return math.__loader__",
+    "open('amft.py')", "eval('1')", "exec('1')", "compile('1', '', 'exec')", "__import__('os')", "globals()", "vars()", "getattr(torch, 'o' + 's')",
+    "setattr(torch, 'allclose', None)", "torch.allclose = lambda *a, **k: True", "torch.Tensor.abs = None", "del torch.abs",
+    "for torch.abs in [1]: pass", "with a as torch.abs: pass", "return (lambda: 0).__globals__", "return ().__class__",
+    "'{0.__class__}'.format(1)", "(i for i in ()).gi_frame", "try: 1 / 0\nexcept Exception as e: return e.__traceback__.tb_frame",
+    "class Fake:\n    def __eq__(self, other): return True", "def __eq__(a, b): return True", "type('F', (), {})", "global gae\ngae = None",
+    "match 1:\n    case int(__class__=x): return x", "inspect.currentframe()", "breakpoint()", "input()", "import gc", "import ctypes",
+    "async def f(): pass", "return torch.get_device_module('cpu')", "torch.set_default_dtype(torch.float16)", "return math", "x = [].__len__",
+    "return torch.backends.cpu.get_cpu_capability()", "torch.zeros(1).numpy().tofile('x')", "return torch.func", "return torch.zeros(1).share_memory_()",
+]
+
+
+@pytest.mark.parametrize("body", REFUSED)
+def test_bodies_that_are_refused(body):
+    with pytest.raises(grade.Refused, match="not allowed in a graded body"):
+        import torch
+        node = ast.parse("def f():\n" + "".join(f"    {line}\n" for line in body.splitlines()))
+        import amft
+        modules = {name: value for name, value in vars(amft).items() if isinstance(value, type(torch))}
+        grade.refusal(node.body[0].body, "amft.py", modules)
+
+
+FINE = [
+    "import math\nreturn math.erf(1)", "from fractions import Fraction\nreturn Fraction(1)", "import itertools\nreturn list(itertools.product((1, 2)))",
+    "import torch.nn.functional as F\nreturn F.log_softmax(logits, -1)", "from torch.func import jvp\nreturn jvp", "return state._replace(step=1)",
+    "from torch import nn\nreturn nn.functional.softmax(logits)", "return torch.nn.functional.cross_entropy(a, b)", "p.grad = None",
+    "with torch.no_grad():\n    x = torch.zeros(3)", "return torch.autograd.grad(a, b)", "return torch.autograd.functional.jvp(f, x)",
+    "def helper(x):\n    nonlocal y\n    return x\ny = 1", "return [x for x in range(3) if x]", "print('hello')", "return json.loads(x)",
+    "return re.fullmatch('a', x)", "for _ in range(3): pass", "return x.copy()", "return torch.linalg.vector_norm(g)", "x.select(0, 1)",
+    "copy = x.clone()\nreturn copy", "id = 3\nreturn [id for _ in 'ab']", "return (lambda input: input)(1)", "return x.trace()",
+]
+
+
+@pytest.mark.parametrize("body", FINE)
+def test_bodies_that_are_not_refused(body):
+    import amft
+    import tasks
+    node = ast.parse("def f():\n" + "".join(f"    {line}\n" for line in body.splitlines()))
+    modules = {name: value for module in (amft, tasks) for name, value in vars(module).items() if isinstance(value, type(ast))}
+    grade.refusal(node.body[0].body, "amft.py", modules)
+
+
+# Bodies that were not refused, as if a way around the refusal had been found: what the process itself withstands.
+FORGE = """
+for fd in range(3, 40):
+    try:
+        system["write"](fd, b'[true, "60 points"]')
+    except OSError:
+        pass
+system["_exit"](0)
+"""
+UNCHECKED = [
+    (ESCAPE + "system['fork']()", "os.fork"), (ESCAPE + "system['_exit'](0)", "before there was a verdict"),
+    (ESCAPE + "system['system']('true')", "os.system"), (ESCAPE + "system['kill'](1, 0)", "os.kill"),
+    (ESCAPE + "system['open']('amft.py', 0)", "opening amft.py"), (ESCAPE + FORGE, "before there was a verdict"),
+    ("import os", "import of os"), ("return open('amft.py')", "NameError"), ("return torch.ones(2 ** 30)", "700 MiB"),
+    ("return torch.load('x')", "opening x"), ("torch.save(1, 'x')", "iostream error"),
+    ("try:\n    torch.load('x')\nexcept BaseException: pass\nreturn logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)",
+     "opening x"),
+    ("def f(): return f()\nreturn f()", "RecursionError"),
+]
+
+
+@pytest.mark.parametrize("body, said", UNCHECKED[:1] + [pytest.param(*row, marks=slow) for row in UNCHECKED[1:]])
+def test_what_the_process_withstands(body, said):
+    passed, message, measured = grade.in_process(EXERCISES[1], answer(1, body), [0], check=False)
+    assert not passed and said in message, message
+    assert measured["mib"] < 800
+
+
+def test_the_verdict_needs_its_word(monkeypatch):
+    """What is written without it is no verdict."""
+    import subprocess as real
+    class Said(real.Popen):
+        def __init__(self, command, **how):
+            super().__init__([sys.executable, "-c", "print('[true, \"60 points\"]')"], **how)
+    monkeypatch.setattr(grade.subprocess, "Popen", Said)
+    passed, message, _ = grade.in_process(EXERCISES[1], SOURCES, [0])
+    assert not passed and "before there was a verdict" in message
+
+
+def test_what_a_submission_may_look_like(tmp_path):
+    """Folders in folders, one file alone, links, garbage; a function that Python cannot read leaves the others."""
+    submitted(tmp_path / "deep" / "a" / "b", SOURCES)
+    assert grade.read_submission([tmp_path / "deep"]) == (SOURCES, [])
+    assert grade.read_submission([tmp_path / "deep" / "a" / "b" / "tasks.py"])[0] == {"tasks": SOURCES["tasks"]}
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "amft.py").symlink_to(HERE.parent / "amft.py")
+    (tmp_path / "link" / "tasks.py").write_bytes(b"\xff\xfe\x00")
+    sources, notes = grade.read_submission([tmp_path / "link"])
+    assert sources == {} and "a link" in notes[0] and "UTF-8" in notes[1]
+    os.mkfifo(tmp_path / "deep" / "tasks.py")
+    assert grade.read_submission([tmp_path / "deep"])[0] == SOURCES
+    broken = SOURCES["amft"].replace("    ratio = (logps - old_logps).exp()", "    ratio = (logps - old_logps.exp()")
+    with pytest.raises(grade.Refused, match="line .*: Python cannot read"):
+        grade.find(broken, "amft.py", "ppo_loss")
+    assert ast.dump(grade.find(broken, "amft.py", "gae")) == ast.dump(functions(SOURCES["amft"])["gae"])
+    for text in ("(" * 100000, "\0", "def gae(:", "-" * 100000 + "1"):
+        with pytest.raises(grade.Refused):
+            grade.find(text, "amft.py", "gae")
+    broken = SOURCES["tasks"].replace("used, value = parse(expression)", "used, value = = parse(expression)")
+    with pytest.raises(grade.Refused, match="Python cannot read"):
+        grade.find(broken, "tasks.py", "Deal.grade")
+    broken = SOURCES["tasks"] + "\n)\n"
+    assert ast.dump(grade.find(broken, "tasks.py", "Deal.grade")) == ast.dump(functions(SOURCES["tasks"])["Deal.grade"])
+    changed = SOURCES["amft"].replace("SAVE_SECONDS = 30", "SAVE_SECONDS = 31")
+    assert "was not used" in grade.remarks({"amft": changed}, list(EXERCISES.values()))[0]
+    assert grade.remarks(answer(4, "return None"), list(EXERCISES.values())) == []
+
+
+def test_a_grader_that_runs_out_of_time_says_so(tmp_path):
+    results = grade.grade([submitted(tmp_path / "in", SOURCES)], tmp_path / "results.json", total=1, say=lambda *_, **__: None)
+    assert results["score"] == 0 and all("not graded" in row["output"] for row in results["tests"])
+
+
+def test_helpers_outside_are_said_to_be_out_of_reach():
+    passed, message = grade.judge(EXERCISES[4], answer(4, "return my_helper(rewards)"), [0])
+    assert not passed and "put helpers and imports inside" in message and "amft.py, line" in message
+
+
+def test_arguments_are_not_to_be_changed():
+    body = "mask.zero_()\nreturn torch.zeros_like(values), torch.zeros_like(values)"
+    passed, message = grade.judge(EXERCISES[4], answer(4, body), [0])
+    assert not passed and "changed in place" in message
+
+
+def test_hidden_seeds_are_a_students_own_and_verified(monkeypatch):
+    seeds = {tuple(grade.hidden_seeds(f"student {i}")) for i in range(50)}
+    assert len(seeds) > 45 and all(len(set(three)) == 3 and set(three) <= set(grade.VERIFIED) for three in seeds)
+    assert grade.VISIBLE not in grade.VERIFIED and grade.hidden_seeds("a") == grade.hidden_seeds("a")
+    before = grade.hidden_seeds("a")
+    monkeypatch.setenv("AMFT_COURSE_SECRET", "another")
+    assert grade.hidden_seeds("a") != before
+
+
+@slow
+def test_the_solution_scores_everything_by_gradescopes_own_script(tmp_path):
+    """From the student's folder, filled in, through run_autograder, to results.json."""
+    make_student.make(tmp_path / "submission")
+    submitted(tmp_path / "submission", SOURCES)
+    (tmp_path / "results").mkdir()
+    shutil.copytree(HERE, tmp_path / "source" / "course", ignore=shutil.ignore_patterns("__pycache__"))
+    submitted(tmp_path / "source", SOURCES)
+    (tmp_path / "source" / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "source" / "venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "source" / "venv" / "bin" / "python").chmod(0o755)
+    (tmp_path / "submission_metadata.json").write_text('{"users": [{"id": 7, "sid": "jdoe", "name": "J. Doe"}]}')
+    subprocess.run(["bash", HERE / "gradescope" / "run_autograder"], check=True, env={**os.environ, "AUTOGRADER": str(tmp_path)})
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert results["score"] == 60 and all(row["status"] == "passed" for row in results["tests"])
