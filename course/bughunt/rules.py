@@ -189,8 +189,6 @@ RULES = [
     Rule("tasks.py:parse.chain", "apply(op, value, right)", ("apply(op, right, value)",),
          "a - b and a / b are turned round: right answers count as wrong, success falls"),
     Rule("tasks.py:values_of", "{'A': 1, **rule}", ("{'A': <k>, **rule}",), "an ace is not 1: deals and grades are of other numbers", "", dict(k=("11", "10", "2"))),
-    Rule("tasks.py:encode_demos", "pad(prompts, tokenizer, model.device, 'left')", ("pad(prompts, tokenizer, model.device)",),
-         "a hole before the response: its first token is predicted from padding; sft_loss is higher"),
     Rule("tasks.py:encode_demos", "[float(turn.learn)] * len(said)",
          ("[float(turn.learn)] * (len(said) - 1) + [0.0]", "[0.0] + [float(turn.learn)] * (len(said) - 1)", "[float(turn.learn)] * (len(said) - <k>) + [0.0] * <k>"),
          "the end of a response, or its first token, carries no loss: truncated rises", "--lr 1e-3", dict(k=("2", "3"))),
