@@ -108,7 +108,7 @@ def deals(tasks, n=6):
 def rollout(amft, tasks):
     out = []
     model, tokenizer = base(amft, tasks)
-    for short, temperature in ((40, 1.0), (33, 1.4)):
+    for short, temperature in ((40, 1.0), (28, 1.4)):
         torch.manual_seed(1)
         seen = amft.rollout(model, tokenizer, deals(tasks), 4, short, temperature)
         out += [seen.batch.ids, seen.batch.mask, seen.success, seen.graded, seen.entropy, seen.truncated,
