@@ -3,7 +3,8 @@
     python course/bughunt.py make --student ID --out FOLDER            # a folder to hand out; a minute or two
     python course/bughunt.py grade SUBMISSION --student ID --out results.json
     python course/bughunt.py check                                     # is every rule of the pool sound? many minutes
-    python course/bughunt.py check --quick                             # one choice of each rule, no runs
+    python course/bughunt.py check --quick                             # one choice of each rule
+    python course/bughunt.py check --quick --runs                      # and does the log of a run show it?
 
 --private FILE (make, grade and check alike): a Python file with SECRET = "..." and, if wanted, RULES = [Rule(...), ...].
 Without a secret everybody can draw everybody's bugs.
@@ -87,32 +88,37 @@ def edited(text, edits):
     return "\n".join(lines)
 
 
-def replacement(file, node, text):
+def replacement(file, where, node, text):
     """The Edit that puts text in a node's place, in brackets if it would be read differently without them."""
-    wanted = ast.parse(source(file))
+    inside = rules.function(tree(file), where)
+    lines = source(file).split("\n")[inside.lineno - 1:inside.end_lineno]
+    lines[:0] = ["if 1:"]  # whatever the function's indentation is
     new = ast.parse(text).body[0]
 
     class Put(ast.NodeTransformer):
         def visit(self, at):
-            if type(at) is type(node) and (getattr(at, "lineno", 0), getattr(at, "col_offset", 0), getattr(at, "end_col_offset", 0)) == (
+            if type(at) is type(node) and (at.lineno + inside.lineno - 2, at.col_offset, at.end_col_offset) == (
                     node.lineno, node.col_offset, node.end_col_offset):
                 return new if isinstance(node, ast.stmt) else new.value
             return self.generic_visit(at)
-    wanted = ast.dump(Put().visit(wanted))
+    if not lines[1].startswith(" "):
+        lines[0] = "pass"
+    wanted = ast.dump(Put().visit(ast.parse("\n".join(lines))))
     for said in (text, f"({text})"):
         edit = Edit(file, node.lineno, node.col_offset, node.end_col_offset, said)
         try:
-            if ast.dump(ast.parse(edited(source(file), [edit]))) == wanted:
+            if ast.dump(ast.parse(edited("\n".join(lines), [edit._replace(line=node.lineno - inside.lineno + 2)]))) == wanted:
                 return edit
         except SyntaxError:
             pass
     raise ValueError(f"{file}:{node.lineno}: cannot put {text!r} there")
 
 
-def choices(rule):
-    """Every Bug that a rule can make."""
-    file = rule.where.split(":")[0]
-    return [Bug(rule, replacement(file, node, text)) for node in rules.places(rule, tree(file)) for text in rules.variants(rule)]
+def choices(rule, rng=None):
+    """Every Bug that a rule can make; with rng one of them."""
+    file, where = rule.where.split(":")
+    pairs = list(itertools.product(rules.places(rule, tree(file)), rules.variants(rule)))
+    return [Bug(rule, replacement(file, where, *pair)) for pair in (pairs if rng is None else rng.sample(pairs, min(1, len(pairs))))]
 
 
 def atom(text, node):
@@ -177,26 +183,25 @@ def decoys(rng, bugs, share=0.7):
 
 
 def private_of(file):
-    """(secret, rules) of an instructor's file."""
+    """(secret, the pool) of an instructor's file: its rules are added to the pool, or are all of it (ALONE = True)."""
     if not file:
-        return "", []
+        return "", rules.RULES
     spec = importlib.util.spec_from_file_location("private", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, "SECRET", ""), list(getattr(module, "RULES", []))
+    return getattr(module, "SECRET", ""), [*rules.RULES * (not getattr(module, "ALONE", False)), *getattr(module, "RULES", [])]
 
 
 def hunt_of(student, private=None):
     """(five Bugs, the harmless edits) of a student."""
-    secret, own = private_of(private)
+    secret, pool = private_of(private)
     rng = random.Random(int.from_bytes(hashlib.sha256(f"hunt {secret} {student}".encode()).digest(), "big"))
-    pool, bugs = rules.RULES + own, []
+    bugs = []
     for rule in rng.sample(pool, len(pool)):
-        bug = rng.choice(choices(rule))
         functions = {other.rule.where for other in bugs}
         in_tasks = sum(name.startswith("tasks.py") for name in functions)
         if rule.where not in functions and (in_tasks < 2 or not rule.where.startswith("tasks.py")):
-            bugs.append(bug)
+            bugs += choices(rule, rng)
         if len(bugs) == BUGS:
             return bugs, decoys(rng, bugs)
     raise ValueError("the pool is too small")
@@ -240,6 +245,8 @@ def apart(folder, work, seconds=SECONDS, memory=None):
             os.dup2(sink, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             sys.argv = ["amft.py"]
+            for name in ("amft", "tasks", "toy"):
+                sys.modules.pop(name, None)
             sys.path[:] = [str(folder), str(HERE), str(HERE / "bughunt")] + [
                 p for p in sys.path if not Path(p or ".").resolve().is_relative_to(ROOT)]
             resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 26, 2 ** 26))
@@ -399,7 +406,7 @@ def run_test(text):
     return "passed"
 
 
-def tested(shop, text, bugs, changes):
+def tested(shop, text, bugs, changes, seconds=SECONDS):
     """(which bugs the test tells from the right file, what happened, in words)."""
     if why := refused(text, LINES):
         return set(), f"the test {why}"
@@ -407,7 +414,7 @@ def tested(shop, text, bugs, changes):
         return set(), "no test"
 
     def run(*edits):
-        return apart(shop.files(*edits), lambda: run_test(text), SECONDS, MEMORY)
+        return apart(shop.files(*edits), lambda: run_test(text), seconds, MEMORY)
     for edits in ((), changes, ()):  # thrice: chance is no test
         end, said = run(*edits)
         if end != "ok":
@@ -469,7 +476,7 @@ def fixed(shop, answer, bugs, changes):
     return found, "" if found else f"line {number} of {file} with this fix does not give the right behaviour"
 
 
-def grade(submission, student, private=None):
+def grade(submission, student, private=None, seconds=SECONDS):
     """Gradescope's results of a submission: a folder with answers, or those themselves."""
     folder = Path(submission) / "answers" if (Path(submission) / "answers").is_dir() else Path(submission)
     bugs, changes = hunt_of(student, private)
@@ -479,7 +486,7 @@ def grade(submission, student, private=None):
         for number in range(1, BUGS + 1):
             file, answer = folder / f"test_bug{number}.py", answer_of(folder / f"bug{number}.txt")
             text = file.read_text(errors="replace") if file.exists() else ""
-            seen.append((tested(shop, text, bugs, changes), fixed(shop, answer, bugs, changes), answer))
+            seen.append((tested(shop, text, bugs, changes, seconds), fixed(shop, answer, bugs, changes), answer))
 
     def points(seen, i):
         test, fix = TEST * (i in seen[0][0]), FIX * (i in seen[1][0])
@@ -501,7 +508,7 @@ def grade(submission, student, private=None):
 
 
 def mutants():
-    """[(file, text with the bug, where)] of the rows of benchmarks/mutants.py that break these files."""
+    """[(file, text with the bug, line)] of the rows of benchmarks/mutants.py that break these files."""
     spec = importlib.util.spec_from_file_location("mutants", ROOT / "benchmarks" / "mutants.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -513,12 +520,18 @@ def mutants():
     return out
 
 
-def check(only="*", quick=False, private=None, seed=""):
+def is_known(bug, known):
+    """Is it one of these mutants?"""
+    near = [text for file, text, line in known if file == bug.edit.file and abs(line - bug.edit.line) < 4]
+    text = edited(source(bug.edit.file), [bug.edit])
+    return any(ast.dump(ast.parse(text)) == ast.dump(ast.parse(other)) for other in near)
+
+
+def check(only="*", quick=False, private=None, runs=False, seed=""):
     """Every rule applies, gives files that compile and another behaviour, also than the known bugs'. Returns the faults."""
     rng, faults, made = random.Random(f"check {seed}"), [], 0
     known = mutants()
-    trees = [(file, ast.dump(ast.parse(text))) for file, text, _ in known]
-    pool = [rule for rule in rules.RULES + private_of(private)[1] if fnmatch.fnmatchcase(f"{rule.where} {rule.old}", only)]
+    pool = [rule for rule in private_of(private)[1] if fnmatch.fnmatchcase(f"{rule.where} {rule.old}", only)]
     with tempfile.TemporaryDirectory() as folder:
         shop = Workshop(folder)
         _, changes = hunt_of("check")
@@ -526,15 +539,14 @@ def check(only="*", quick=False, private=None, seed=""):
         for rule in pool:
             began, wrong = time.monotonic(), []
             try:
-                bugs = choices(rule)
+                bugs = choices(rule, rng if quick else None)
                 if not bugs:
                     raise ValueError("applies nowhere")
             except (ValueError, SyntaxError, StopIteration) as error:
                 faults.append(f"{rule.where}: {rule.old}: {error}")
                 print(faults[-1], flush=True)
                 continue
-            total = len(bugs)
-            bugs = [rng.choice(bugs)] if quick else bugs
+            total = len(rules.places(rule, tree(rule.where.split(":")[0]))) * len(list(rules.variants(rule)))
             right = shop.probed(rule)
             if right[0] != "ok":
                 wrong.append(f"the right file fails its own test: {right}")
@@ -550,11 +562,9 @@ def check(only="*", quick=False, private=None, seed=""):
                 other = render(shop.folder / f"{next(shop.numbers)}" / "project", [])
                 (other / file).write_text(text)
                 theirs.append(apart(other, lambda: probe(rule)))
-            logs = 0
             for bug in bugs:
                 made += 1
-                text = edited(source(bug.edit.file), [bug.edit])
-                if (bug.edit.file, ast.dump(ast.parse(text))) in trees:
+                if is_known(bug, known):
                     wrong.append(f"{bug.edit.text}: is in benchmarks/mutants.py")
                 end, values = shop.probed(rule, bug.edit)
                 if end == "ok" and right[0] == "ok" and not probes.differs(values, right[1]):
@@ -566,7 +576,7 @@ def check(only="*", quick=False, private=None, seed=""):
                 for other in theirs:
                     if end == other[0] == "ok" and not probes.differs(values, other[1]):
                         wrong.append(f"{bug.edit.text}: behaves as a bug of benchmarks/mutants.py")
-            if not quick:  # the log of one choice shows it
+            if runs:  # the log of one choice shows it
                 bug = rng.choice(bugs)
                 flags = f"{RUN} {rule.flags}"
                 if ("log", flags) not in shop.known:
@@ -592,7 +602,8 @@ def main(argv=None):
         command.add_argument("--private", help="a file with SECRET and RULES")
         if name == "check":
             command.add_argument("--only", default="*", metavar="GLOB", help="rules whose 'file:function expression' matches")
-            command.add_argument("--quick", action="store_true", help="one choice of each rule, and no runs")
+            command.add_argument("--quick", action="store_true", help="one choice of each rule, not compared with mutants")
+            command.add_argument("--runs", action="store_true", help="and a short run of one choice of each, whose log must show it")
         else:
             command.add_argument("--student", required=True, help="the id that draws the bugs")
             command.add_argument("--out", required=True, help="the folder (make) or results.json (grade)")
@@ -600,16 +611,17 @@ def main(argv=None):
             command.add_argument("--no-logs", action="store_true", help="make no runs")
         if name == "grade":
             command.add_argument("submission", help="the student's folder, or its answers")
+            command.add_argument("--seconds", type=int, default=SECONDS, help="that a test may take")
     given = parser.parse_args(argv)
     warm_up()
     if given.command == "check":
-        sys.exit(bool(check(given.only, given.quick, given.private)))
+        sys.exit(bool(check(given.only, given.quick, given.private, given.runs)))
     if given.command == "make":
         if not private_of(given.private)[0]:
             print("bughunt.py: no SECRET: whoever has this repository and the id can draw these bugs", file=sys.stderr)
         _, changes = make(given.student, given.out, given.private, not given.no_logs)
         return print(f"{BUGS} bugs and {len(changes)} harmless changes in {given.out}")
-    results = grade(given.submission, given.student, given.private)
+    results = grade(given.submission, given.student, given.private, given.seconds)
     Path(given.out).write_text(json.dumps(results, indent=1) + "\n")
     print(f"{results['score']} of {BUGS * (TEST + FIX + SYMPTOM)}; see {given.out}")
 
