@@ -220,12 +220,13 @@ def render(folder, edits):
 # --- A process of its own for whatever runs ---
 
 
-def warm_up():
+def warm_up(policy=True):
     """Import what every file imports, once: children are forks. Nothing of the project is imported here."""
     os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", TOKENIZERS_PARALLELISM="false")
     sys.dont_write_bytecode = True
-    for name in ("torch", "pytest", "numpy", "tqdm", "transformers.models.auto", "transformers.models.llama.modeling_llama",
-                 "transformers.generation.utils", "safetensors.torch", "torch._dynamo"):
+    for name in ("torch", "numpy", "tqdm", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+                 "transformers.generation.logits_process", "transformers.generation.configuration_utils",
+                 *("transformers.models.llama.modeling_llama", "transformers.generation.utils") * policy):
         importlib.import_module(name)
     sys.modules["torch"].set_num_threads(1)
 
@@ -613,7 +614,7 @@ def main(argv=None):
             command.add_argument("submission", help="the student's folder, or its answers")
             command.add_argument("--seconds", type=int, default=SECONDS, help="that a test may take")
     given = parser.parse_args(argv)
-    warm_up()
+    warm_up(given.command == "check" or given.command == "make" and not given.no_logs)
     if given.command == "check":
         sys.exit(bool(check(given.only, given.quick, given.private, given.runs)))
     if given.command == "make":

@@ -178,7 +178,7 @@ def test_wrong_submissions_have_none(handed_out):
     for number in range(1, 6):
         (answers / f"test_bug{number}.py").write_text("# nothing\n")
         (answers / f"bug{number}.txt").write_text(bughunt.ANSWER)
-    found = graded(handed_out)
+    found = bughunt.grade(handed_out / "ada", "ada", handed_out / "private.py")
     assert found["score"] == 0 and all("no test" in test["output"] for test in found["tests"])
     words = ("def test():\n    assert False", "def test():\n    assert True", "def test():\n    while True:\n        pass",
              "import os\ndef test():\n    assert os", "x = 1\n" * 16 + "def test():\n    assert False")

@@ -309,7 +309,7 @@ def learn(world, seed, mu, controller, steps, lr=0.02):
 
 def starts(world, short=False):
     """Where mu goes from three starts; then success at the end, paired by seed, AMFT less a fixed mu."""
-    steps, seeds, out, ends = (25, 3, {}, {}) if short else (80, 9, {}, {})
+    steps, seeds, out, ends = (15, 2, {}, {}) if short else (80, 9, {}, {})
     print(f"U at the start {world.utility(world.start):.3f}; {steps} steps, seeds 1 to {seeds}; the expert is right in "
           f"{100 * EXPERT:.0f}% of its demonstrations")
     for controller in (True, False):
