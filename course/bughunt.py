@@ -509,7 +509,7 @@ def grade(submission, student, private=None, seconds=SECONDS):
 
 
 def mutants():
-    """[(file, text with the bug, line)] of the rows of benchmarks/mutants.py that break these files."""
+    """[(file, text with the bug, line where it begins, lines that it changes)] of the rows of benchmarks/mutants.py."""
     spec = importlib.util.spec_from_file_location("mutants", ROOT / "benchmarks" / "mutants.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -517,13 +517,15 @@ def mutants():
     for file, old, new, _ in module.MUTANTS:
         if file in FILES and source(file).count(old) == 1:
             line = source(file)[:source(file).index(old)].count("\n") + 1
-            out.append((file, source(file).replace(old, new), line))
+            text = source(file).replace(old, new)
+            pairs = itertools.zip_longest(text.split("\n"), source(file).split("\n"))
+            out.append((file, text, line, [i for i, (a, b) in enumerate(pairs, 1) if a != b]))
     return out
 
 
 def is_known(bug, known):
     """Is it one of these mutants?"""
-    near = [text for file, text, line in known if file == bug.edit.file and abs(line - bug.edit.line) < 4]
+    near = [text for file, text, _, lines in known if file == bug.edit.file and lines == [bug.edit.line]]
     text = edited(source(bug.edit.file), [bug.edit])
     return any(ast.dump(ast.parse(text)) == ast.dump(ast.parse(other)) for other in near)
 
@@ -556,7 +558,7 @@ def check(only="*", quick=False, private=None, runs=False, seed=""):
                 if end[0] != "ok" or probes.differs(end[1], right[1], 0):
                     wrong.append(f"the harmless changes change something: {end[0]} {str(end[1])[:200]}")
             node = rules.function(tree(rule.where.split(":")[0]), rule.where.split(":")[1])
-            near = [] if quick else [(file, text) for file, text, line in known
+            near = [] if quick else [(file, text) for file, text, line, _ in known
                                      if file == rule.where.split(":")[0] and node.lineno <= line <= node.end_lineno]
             theirs = []
             for file, text in near:

@@ -107,8 +107,8 @@ def command(*argv):
 
 
 def test_bugs_are_told_from_the_right_file():
-    done = command("check", "--quick", "--only", "amft.py:gae*")
-    assert done.returncode == 0 and "5 rules, 5 bugs, 0 faults" in done.stdout, done.stdout + done.stderr
+    done = command("check", "--quick", "--only", "amft.py:gae (adv*")
+    assert done.returncode == 0 and "1 rules, 1 bugs, 0 faults" in done.stdout, done.stdout + done.stderr
 
 
 @slow
