@@ -336,7 +336,7 @@ QUESTIONS = dict(bias=bias, shift=shift, adam=adam, signal=signal, lam=lam, star
 # --- The picture ---
 
 
-def curve(world, lr=0.3, steps=10):
+def curve(world, lr=1.0, steps=10):
     """(mu -> theta' of one step from a trained state, mu -> d theta'/d mu there)."""
     theta, state = world.mixed_steps(steps)
     g_rl, g_sft, *_ = world.gradients(theta, settings(), P=64)
@@ -349,7 +349,7 @@ def curve(world, lr=0.3, steps=10):
     return step, tangent
 
 
-def plot(world, file, at=0.35, P=64, G=8):
+def plot(world, file, at=0.6, P=64, G=8):
     """U(theta'(mu)) by enumeration, Eq. 5's tangent at one mu, and one estimate of it with its standard error."""
     import matplotlib
     matplotlib.use("Agg")
