@@ -312,7 +312,7 @@ class Workshop:
         return self.made[edits]
 
     def probed(self, rule, *edits):
-        key = rule.probe or rule.where, edits
+        key = probes.of(rule).__name__, edits
         if key not in self.known:
             self.known[key] = apart(self.files(*edits), lambda: probe(rule))
         return self.known[key]
@@ -562,9 +562,12 @@ def check(only="*", quick=False, private=None, runs=False, seed=""):
                                      if file == rule.where.split(":")[0] and node.lineno <= line <= node.end_lineno]
             theirs = []
             for file, text in near:
-                other = render(shop.folder / f"{next(shop.numbers)}" / "project", [])
-                (other / file).write_text(text)
-                theirs.append(apart(other, lambda: probe(rule)))
+                key = probes.of(rule).__name__, text
+                if key not in shop.known:
+                    other = render(shop.folder / f"{next(shop.numbers)}" / "project", [])
+                    (other / file).write_text(text)
+                    shop.known[key] = apart(other, lambda: probe(rule))
+                theirs.append(shop.known[key])
             for bug in bugs:
                 made += 1
                 if is_known(bug, known):

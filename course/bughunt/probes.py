@@ -299,8 +299,8 @@ def run(amft, tasks):
     grade = tasks.Deal.grade
     tasks.Deal.grade = lambda self, text: "correct" if len(text) % 2 else "no_answer"  # so that RL learns
     try:
-        for flags in ("--imitation rectified --advantage group --meta-every 3 --eta-mu 0.2 --steps 8 --warmup 1",
-                      "--ppo-epochs 2 --meta-every 2 --trace 0.5 --steps 5 --warmup 1"):
+        for flags in ("--imitation rectified --advantage group --meta-every 3 --eta-mu 0.2 --steps 6 --warmup 1",
+                      "--ppo-epochs 2 --meta-every 2 --trace 0.5 --steps 4 --warmup 1"):
             out += log(amft, f"--task gp --demos 40 --prompts 4 --samples 4 --sft-batch 8 --lr 1e-3 --eta-h 0.1 --max-new-tokens 34 {flags}")
     finally:
         tasks.Deal.grade = grade
