@@ -227,10 +227,10 @@ def same(text):
 
 def places(rule, tree):
     """The nodes that a rule may replace."""
-    old = same(rule.old)
+    old, kind = same(rule.old), ast.parse(rule.old).body[0]
+    kind = type(kind.value if isinstance(kind, ast.Expr) else kind)
     return [node for node in ast.walk(function(tree, rule.where.split(":")[1]))
-            if isinstance(node, (ast.expr, ast.stmt)) and not isinstance(node, ast.Expr)
-            and not isinstance(getattr(node, "ctx", None), ast.Store) and ast.unparse(node) == old]
+            if type(node) is kind and not isinstance(getattr(node, "ctx", None), ast.Store) and ast.unparse(node) == old]
 
 
 def variants(rule):
