@@ -118,10 +118,10 @@ def rollout(amft, tasks):
     episodes = [tasks.TASKS["gp-turns"]().sample("train", rng) for _ in range(4)]
     seen = amft.rollout(model, tokenizer, episodes, 2, 40)
     out += [seen.batch.ids, seen.batch.mask, seen.success, seen.graded, seen.entropy, seen.truncated]
-    for k in (0, 1):  # more right answers than the policy has: any text of even or odd length
+    for k in (0, 1):  # more right answers than the policy has
         class Even(tasks.Deal):
             def grade(self, response):
-                return "correct" if len(response) % 3 == k else "wrong_result"
+                return "correct" if sum(map(ord, response)) % 2 == k else "wrong_result"
         torch.manual_seed(3)
         seen = amft.rollout(model, tokenizer, [Even(**vars(deal)) for deal in deals(tasks)], 4, 40)
         out += [seen.success, seen.graded]
@@ -297,7 +297,7 @@ def run(amft, tasks):
         split=split, n=1, success=0.0, low=0.0, high=1.0, any=0.0, greedy=0.0, outcomes={})
     tasks.GeneralPoints.defaults = {}
     grade = tasks.Deal.grade
-    tasks.Deal.grade = lambda self, text: "correct" if len(text) % 2 else "no_answer"  # so that RL learns
+    tasks.Deal.grade = lambda self, text: "correct" if sum(map(ord, text)) % 2 else "no_answer"  # so that RL learns
     try:
         for flags in ("--imitation rectified --advantage group --meta-every 3 --eta-mu 0.2 --steps 6 --warmup 1",
                       "--ppo-epochs 2 --meta-every 2 --trace 0.5 --steps 4 --warmup 1"):
