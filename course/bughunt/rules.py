@@ -1,0 +1,244 @@
+"""The pool of the bug hunt: rules that plant one silent bug in one function, with choices drawn per student.
+
+A rule names a function and an expression (or statement) in it, as ast.unparse would print it, and what a bug puts in its
+place. `<k>` in a replacement is drawn from draw["k"]. Where the expression is there more than once, one place is drawn.
+A file of private rules has the same form: RULES = [...], and SECRET = "...", without which anybody can draw any
+student's bugs (see instructor.md).
+"""
+
+import ast
+import itertools
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+    where: str  # file:qualified name of the function
+    old: str  # the expression or statement there
+    new: tuple  # what may stand there instead
+    says: str  # what is wrong then, and what a log shows: the instructor's
+    flags: str = ""  # of the run whose log shows it
+    draw: dict = {}
+    probe: str = ""  # the test that tells it from the right file (see probes.py); "": the function's own
+
+
+TWO = "--ppo-epochs 3 --lr 1e-3"
+GAE = "--advantage gae --lr 1e-3"
+WARM = "--temperature 1.5"
+AMFT_RUN = "--warmup 0 --steps 10 --meta-every 2 --utility both"
+VAL_RUN = "--warmup 0 --steps 10 --meta-every 2 --utility val"
+TURNS = "--task gp-turns --max-new-tokens 60 --prompts 4"
+
+RULES = [
+    # the policy and its samples
+    Rule("amft.py:outputs", "out.logits[:, :-1] / temperature",
+         ("out.logits[:, :-1] * temperature", "out.logits[:, :-1] / temperature ** <k>", "out.logits[:, :-1] / max(temperature, <h>)"),
+         "log-probabilities are not those of the policy that sampled: rl_loss and meta_own shift at --temperature 1.5", WARM,
+         dict(k=("2", "0.5", "3"), h=("2.0", "3.0"))),
+    Rule("amft.py:outputs", "out.hidden_states[-1][:, -T - 1:-1]",
+         ("out.hidden_states[-1][:, -T:]", "out.hidden_states[<k>][:, -T - 1:-1]"),
+         "phi sees the token that it is to foresee, or another layer: advantages lose what the token did", GAE, dict(k=("0", "1", "-2"))),
+    Rule("amft.py:rollout", "said[said != tokenizer.eos_token_id]", ("said[:-1]", "said[:-2]"),
+         "a response that was cut off, or every one, loses its last token before it is graded: success falls"),
+    Rule("amft.py:rollout", "torch.tensor([float(e.success) for e in played], device=device).view(-1, samples)",
+         ("torch.tensor([float(e.success) for e in played], device=device).view(samples, -1).T",
+          "torch.tensor([float(e.success) for e in played], device=device).roll(<k>).view(-1, samples)"),
+         "success belongs to another sample: mean success is right, zero_adv falls or RL learns nothing", "", dict(k=("1", "-1", "2"))),
+    Rule("amft.py:rollout", "entropy / mask.sum().item()",
+         ("entropy / len(played)", "entropy / mask.numel()", "entropy / mask.sum().item() / math.log(<k>)"),
+         "entropy is not nats a token: far from the right file's", "", dict(k=("2", "10"))),
+    Rule("amft.py:rollout", "cut / turns", ("cut / len(episodes)", "(turns - cut) / turns", "cut / max(cut, 1)"),
+         "truncated is not a share of the responses", "--max-new-tokens 30"),
+    Rule("amft.py:rollout", "len(said) - 1", ("0", "len(said) - <k>", "len(said) // 2"),
+         "the task's points lie at a token that did not earn them: with GAE the later tokens go unpaid",
+         "--reward graded " + GAE, dict(k=("2", "3"))),
+    # losses and advantages
+    Rule("amft.py:ppo_loss", "(logps - old_logps).exp()",
+         ("(old_logps - logps).exp()", "(logps - logps.detach()).exp()", "((logps - old_logps) / <k>).exp()", "(1 + logps - old_logps)"),
+         "the ratio is wrong from the second update of a step on (reversed: from the first, RL unlearns)", TWO, dict(k=("2", "3"))),
+    Rule("amft.py:ppo_loss", "ratio.clamp(1 - clip, 1 + clip)",
+         ("ratio.clamp(1 - clip, 1 + <k> * clip)", "ratio.clamp(max=1 + clip)", "ratio.clamp(min=1 - clip)", "ratio.clamp(1 - clip / <k>, 1 + clip)"),
+         "one side of the clip holds too late or too early: grad_norm_rl of later updates", TWO + " --clip 0.01", dict(k=("2", "3", "4"))),
+    Rule("amft.py:sft_loss", "mask.sum()", ("len(mask)", "mask.numel()", "mask.sum(1).max()"),
+         "the logged sft_loss is not per token"),
+    Rule("amft.py:group_advantages", "(rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)",
+         ("rewards - rewards.mean(1, keepdim=True)", "(rewards - rewards.mean(1, keepdim=True)) * (G - 1) / G",
+          "(rewards - rewards.mean(1, keepdim=True)) * G / (G + <k>)"),
+         "the baseline holds the sample itself; the loss does not notice, but scale is too small: meta_own and meta_grad by a factor",
+         VAL_RUN, dict(k=("1", "2"))),
+    Rule("amft.py:group_advantages", "rewards.mean(1, keepdim=True)",
+         ("rewards.mean()", "rewards.mean(0, keepdim=True)", "rewards.median(1, keepdim=True).values", "rewards[:, <k>:].mean(1, keepdim=True)"),
+         "another baseline: prompts without a signal push all the same, or samples pay for others' prompts", "", dict(k=("1", "2"))),
+    Rule("amft.py:group_advantages", "scale > 1e-06", ("scale > <k>",),
+         "a batch with few successes gets advantage 0: grad_norm_rl is 0 at some steps", "", dict(k=("0.3", "0.35", "0.4"))),
+    Rule("amft.py:group_advantages", "centred / scale, scale",
+         ("centred / scale, 1.0", "centred / scale, 1 / scale", "centred / scale, scale ** 2", "centred * scale, scale"),
+         "scale is not what the advantages were divided by: meta-gradients off by a factor (or grad_norm_rl small)", VAL_RUN),
+    Rule("amft.py:gae", "running = following = torch.zeros_like(values[:, 0])",
+         ("running, following = (torch.zeros_like(values[:, 0]), values[:, -1])",
+          "running, following = (torch.zeros_like(values[:, 0]), torch.full_like(values[:, 0], <k>))"),
+         "a value after the end: no conversation has one; rl_loss and grad_norm_rl shift", GAE, dict(k=("1.0", "0.5"))),
+    Rule("amft.py:gae", "rewards[:, t] + gamma * following - values[:, t]",
+         ("rewards[:, t] + gamma * following", "rewards[:, t] + gamma * following + values[:, t]", "gamma * (rewards[:, t] - values[:, t] + following) - rewards[:, t]"),
+         "delta without its baseline, with the wrong sign, or without its reward", GAE),
+    Rule("amft.py:gae", "delta + gamma * lam * running", ("delta + gamma * lam * following", "delta + gamma * lam * delta", "delta + gamma * lam * running / <k>"),
+         "rewards hardly travel back to earlier tokens", GAE, dict(k=("2", "4"))),
+    Rule("amft.py:gae", "torch.where(own, delta + gamma * lam * running, running)",
+         ("torch.where(own, delta + gamma * lam * running, <k> * running)",),
+         "what the task says cuts the credit of the responses before it", TURNS + " " + GAE, dict(k=("0.0", "0.5", "0.9"))),
+    Rule("amft.py:gae", "(advantages + values) * mask", ("advantages * mask", "(advantages - values) * mask", "(advantages + <k> * values) * mask"),
+         "phi learns a wrong target", GAE, dict(k=("0.5", "2"))),
+    Rule("amft.py:advantages_of", "(mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask",
+         ("(mask.cumsum(1) == 1) * mask", "(mask.cumsum(1) == (mask.sum(1, keepdim=True) / 2).ceil()) * mask"),
+         "the reward comes before the end: what follows it goes unpaid", GAE),
+    Rule("amft.py:advantages_of", "(baseline - returns) ** 2", ("(baseline - values) ** 2", "(baseline - rewards) ** 2", "(baseline + returns) ** 2"),
+         "phi learns advantages, single rewards or the negative of its returns", GAE),
+    Rule("amft.py:advantages_of", "values - own.mean()", ("values - values.mean()", "values - own.median()", "values - own.mean() / <k>"),
+         "advantages are not centred over the policy's own tokens: rl_loss is not 0 on the first update", GAE, dict(k=("2", "3"))),
+    # gradients
+    Rule("amft.py:loss_gradient", "grad + gradient(model, value)", ("gradient(model, value)", "(grad + gradient(model, value)) / <k>"),
+         "gradients of micro-batches are not added: grad_norm depends on --micro-batch", "--micro-batch 8 --lr 1e-3", dict(k=("2",))),
+    Rule("amft.py:rl_gradient", "batch.mask.sum()", ("batch.mask.numel()", "(advantages.values != 0).sum()", "len(batch.ids)", "batch.attention.sum()"),
+         "L_RL is divided by something else than the response tokens: grad_norm_rl by a factor"),
+    Rule("amft.py:sft_gradient", "batch.mask.sum()", ("batch.attention.sum()", "batch.mask.numel()", "len(batch.ids)"),
+         "L_SFT's gradient has another divisor than its logged value: grad_norm_sft by a factor", "", {}, "sft_gradient"),
+    # the step and its derivative
+    Rule("amft.py:adamw_step", "(max_norm / (torch.linalg.vector_norm(grad) + 1e-06)).clamp(max=1.0)",
+         ("(max_norm / (torch.linalg.vector_norm(grad) + 1e-06))", "(max_norm / (torch.linalg.vector_norm(grad) + 1e-06)).clamp(min=1.0)",
+          "(max_norm / (torch.linalg.vector_norm(grad) + 1e-06)).clamp(max=<k>)"),
+         "small gradients are blown up to the norm, or large ones not clipped", "--lr 1e-3", dict(k=("2.0", "10.0"))),
+    Rule("amft.py:adamw_step", "betas[1] * state.v + (1 - betas[1]) * grad * grad",
+         ("betas[0] * state.v + (1 - betas[0]) * grad * grad", "betas[1] * state.v + (1 - betas[1]) * m * m",
+          "betas[1] * state.v + (1 - betas[0]) * grad * grad", "betas[1] * state.v + (1 - betas[1]) * grad.abs()"),
+         "the second moment is another average: steps of another size", "--lr 1e-3"),
+    Rule("amft.py:adamw_step", "math.sqrt(1 - betas[1] ** step)", ("(1 - betas[1] ** step)", "math.sqrt(1 - betas[0] ** step)", "1.0"),
+         "v's bias correction is wrong: the first steps are too small or too large", "--lr 1e-3"),
+    Rule("amft.py:adamw_step", "AdamState(m, v, step)", ("AdamState(m, v, state.step)", "AdamState(m, v, step + <k>)", "AdamState(grad, v, step)"),
+         "the step does not count, counts too fast, or momentum is forgotten", "--lr 1e-3", dict(k=("1", "3"))),
+    Rule("amft.py:step_sensitivity", "torch.ones_like(mu)", ("-torch.ones_like(mu)", "torch.zeros_like(mu)", "torch.full_like(mu, <k>)"),
+         "d theta'/d mu of another move of mu: meta-gradients turned round, 0, or by a factor", VAL_RUN, dict(k=("0.5", "2.0"))),
+    Rule("amft.py:step_sensitivity", "(theta, after.m, after.v)", ("(theta, m, v)", "(theta, after.v, after.m)", "(theta, after.m, v)"),
+         "momentum's share in d theta/d mu is lost or mixed up: the meta-gradient changes from the second mixed step on", VAL_RUN),
+    Rule("amft.py:step_sensitivity", "trace * x", ("trace ** <k> * x", "(1 - trace) * x", "x / (1 + trace)"),
+         "the trace fades too fast", VAL_RUN + " --trace 0.7", dict(k=("2", "3", "4"))),
+    Rule("amft.py:step_sensitivity", "(1 - mu) * g_rl + mu * g_sft", ("(1 - mu) * g_rl + g_sft", "g_rl + mu * g_sft", "g_rl + mu * (g_sft + g_rl)"),
+         "the derivative is of another mixture than the step's", VAL_RUN),
+    # the meta-gradient and the controller
+    Rule("amft.py:meta_gradient", "(scale * advantages[p] * logps).mean()",
+         ("(scale * advantages[p] * logps).sum()", "(scale * advantages[p] * logps / part.mask.sum(1)).mean()",
+          "(scale * advantages[p] * logps).sum() / P", "(scale * advantages[p].clamp(min=0) * logps).mean()"),
+         "meta_grad and meta_se by a factor, or only of the right samples", VAL_RUN),
+    Rule("amft.py:meta_gradient", "slice(p * G, (p + 1) * G)", ("slice(p, P * G, P)", "slice(p, p + G)", "slice(0, G)"),
+         "advantages meet the responses of other prompts: meta_grad is noise around 0", VAL_RUN),
+    Rule("amft.py:meta_gradient", "slopes.mean().item()",
+         ("slopes[slopes != 0].mean().item() if slopes.any() else 0.0", "slopes.median().item()", "slopes.sum().item()"),
+         "prompts without a signal do not count, or the mean is none", VAL_RUN),
+    Rule("amft.py:meta_gradient", "math.sqrt(P)", ("P", "math.sqrt(<k> * P)", "math.sqrt(P) / P"),
+         "meta_se is too small or too large: mu moves too surely or too little", VAL_RUN, dict(k=("9", "25"))),
+    Rule("amft.py:own_meta_gradient", "g_rl @ tangent * batch.mask.sum() / len(batch.ids)",
+         ("g_rl @ tangent * batch.mask.sum()", "g_rl @ tangent * batch.mask.sum() / batch.mask.numel()", "g_rl @ tangent * batch.mask.shape[1]"),
+         "meta_own is not per conversation", AMFT_RUN + " --utility train"),
+    Rule("amft.py:own_meta_gradient", "abs(slope)", ("slope ** 2", "abs(slope) / <k>", "1.0"),
+         "the error of meta_own: mu follows a single batch, or none", AMFT_RUN + " --utility train", dict(k=("4", "10"))),
+    Rule("amft.py:update_mu", "memory * evidence[0]", ("evidence[0]", "memory ** <k> * evidence[0]", "(1 - memory) * evidence[0]"),
+         "old evidence fades in its variance only, or too fast", AMFT_RUN, dict(k=("10", "30"))),
+    Rule("amft.py:update_mu", "math.erf(total / math.sqrt(2 * variance))",
+         ("math.erf(abs(total) / math.sqrt(2 * variance))", "math.copysign(1.0, total)", "math.erf(total / (2 * variance))", "math.erf(-total / math.sqrt(2 * variance))",
+          "math.erf(total / math.sqrt(2 * variance)) ** <k>"),
+         "mu moves one way only, by a full step each time, or by evidence's scale", AMFT_RUN, dict(k=("2", "3"))),
+    Rule("amft.py:update_mu", "min(max(mu + meta_force + entropy_force, config.mu_min), config.mu_max)",
+         ("min(max(mu + meta_force, config.mu_min), config.mu_max) + entropy_force",
+          "max(mu + meta_force + entropy_force, config.mu_min)",
+          "min(max(meta_force + entropy_force + config.mu, config.mu_min), config.mu_max)"),
+         "mu leaves its bounds, or falls back to where it began", AMFT_RUN + " --eta-h 5 --mu-min 0.45 --mu-max 0.55"),
+    Rule("amft.py:AMFT.mu", "self.now", ("c.mu", "(self.now + c.mu) / 2"),
+         "mu begins anew at each step: it never goes far", AMFT_RUN, {}, "run"),
+    Rule("amft.py:AMFT.mu", "self.tangents[0]", ("self.tangents[1]", "self.tangents[<k>]"),
+         "d m'/d mu or d v'/d mu in the place of d theta'/d mu", AMFT_RUN, dict(k=("2", "-2")), "run"),
+    Rule("amft.py:AMFT.mu", "(s.t - c.warmup) % c.meta_every == 0",
+         ("(s.t - c.warmup) % c.meta_every <= 1", "(s.t - c.warmup) % c.meta_every != 0", "(s.t - c.warmup) // c.meta_every == <k>"),
+         "the look at validation prompts comes too often, or not every K steps: rows with meta_grad, rollouts", AMFT_RUN + " --meta-every 3", dict(k=("1", "2")), "run"),
+    Rule("amft.py:Method.imitation_loss", "logps.detach().exp()",
+         ("(1 - logps.detach().exp())", "logps.detach().exp() ** <k>", "logps.detach().exp().mean()", "logps.detach()"),
+         "a demonstration's token is weighted by something else than its probability: grad_norm_sft", "--imitation rectified", dict(k=("2", "3")), "run"),
+    Rule("amft.py:Method.prompts", "range(self.config.demos)", ("range(self.config.prompts)", "range(<k> * self.config.prompts)"),
+         "the same few problems are tried at every step", "", dict(k=("2", "3")), "run"),
+    # the loop
+    Rule("amft.py:train", "(1 - s.mu) * s.g_rl + s.mu * s.g_sft",
+         ("(1 - config.mu) * s.g_rl + config.mu * s.g_sft", "(1 - s.mu) * s.g_rl + s.mu * s.g_sft / (s.g_sft.norm() + 1e-12)",
+          "(1 - s.mu) * s.g_rl + s.mu ** <k> * s.g_sft"),
+         "the step is on another mixture than the log's mu: grad_norm does not fit its parts", AMFT_RUN, dict(k=("2", "3")), "run"),
+    Rule("amft.py:train", "config.lr * (1 - (t - 1) / config.steps)",
+         ("config.lr", "config.lr * (1 - (t - 1) / config.steps) ** <k>", "config.lr * (t / config.steps)"),
+         "the learning rate does not fall linearly to 0", "--lr 1e-3", dict(k=("2", "3")), "run"),
+    Rule("amft.py:train", "method.demonstrations(s)", ("method.prompts(s)", "range(config.sft_batch)", "method.demonstrations(s)[:<k>]"),
+         "fewer demonstrations than --sft-batch, or the same ones at each step", "", dict(k=("2", "4")), "run"),
+    Rule("amft.py:Run.log_step", "r.success.std(1) == 0", ("r.success.std(0) == 0", "r.success.std(1) > 0", "r.success.mean(1) == 0"),
+         "zero_adv is not the share of prompts without a signal", "", {}, "run"),
+    # the task and the tokens
+    Rule("tasks.py:Deal.grade", "sorted(used) != sorted(self.numbers)",
+         ("len(used) != len(self.numbers)", "sum(used) != sum(self.numbers)", "not set(used) <= set(self.numbers)", "max(used) != max(self.numbers)"),
+         "illegal formulas pass: success is high, illegal_number rare"),
+    Rule("tasks.py:Deal.grade", "right.strip(' ') != str(self.target)",
+         ("right.strip(' ') not in str(self.target)", "not right.strip(' ').startswith(str(self.target))", "len(right.strip(' ')) != len(str(self.target))"),
+         "a wrong right-hand side passes: fewer illegal_formula"),
+    Rule("tasks.py:Deal.grade", "value == self.target",
+         ("value is not None and abs(value - self.target) <= <k>", "value is not None and value % self.target == 0", "value is not None and abs(value) >= self.target"),
+         "near is good enough: success of the untrained policy is too high", "", dict(k=("1", "2"))),
+    Rule("tasks.py:Deal.grade", "formula.partition('=')", ("formula.rpartition('=')", "formula.replace(' ', '').partition('=')"),
+         "a formula without =24 is refused, or spaces glue digits together"),
+    Rule("tasks.py:parse.chain", "apply(op, value, right)", ("apply(op, right, value)",),
+         "a - b and a / b are turned round: right answers count as wrong, success falls"),
+    Rule("tasks.py:values_of", "{'A': 1, **rule}", ("{'A': <k>, **rule}",), "an ace is not 1: deals and grades are of other numbers", "", dict(k=("11", "10", "2"))),
+    Rule("tasks.py:encode_demos", "[float(turn.learn)] * len(said)",
+         ("[float(turn.learn)] * (len(said) - 1) + [0.0]", "[0.0] + [float(turn.learn)] * (len(said) - 1)", "[float(turn.learn)] * (len(said) - <k>) + [0.0] * <k>"),
+         "the end of a response, or its first token, carries no loss: truncated rises", "--lr 1e-3", dict(k=("2", "3"))),
+    Rule("tasks.py:encode_demos", "[0.0] * len(shown)", ("[1.0] * len(shown)", "[0.5] * len(shown)"),
+         "the policy learns to speak the task's part", TURNS),
+    Rule("tasks.py:Watcher.__call__", "-(logp.exp() * logp).sum(-1)",
+         ("-(logp.exp() * logp).sum(-1) / math.log(<k>)", "-logp.mean(-1)", "-logp.max(-1).values", "-(logp.exp() * logp).mean(-1)"),
+         "entropy in another unit, or none at all", "", dict(k=("2", "10")), "rollout"),
+    Rule("tasks.py:say", "~done & ~ended.any(1)", ("~done & (ended[:, -1] == 0)", "~done & ended.any(1)", "ended.any(1)"),
+         "truncated counts complete responses", "--max-new-tokens 30", {}, "rollout"),
+    Rule("tasks.py:generation", "dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)",
+         ("dict(do_sample=True, temperature=temperature, top_k=0, top_p=<k>)", "dict(do_sample=True, temperature=temperature, top_k=<n>, top_p=1.0)"),
+         "samples are not the policy's: success looks better, rl_loss and the meta-gradient are biased", "", dict(k=("0.9", "0.8", "0.7"), n=("2", "3", "4"))),
+    Rule("tasks.py:GeneralPoints.dealt", "rng.choice(solve(tuple(sorted(numbers))))",
+         ("solve(tuple(sorted(numbers)))[<k>]", "min(solve(tuple(sorted(numbers))), key=len)", "max(solve(tuple(sorted(numbers))))"),
+         "every deal has one demonstration for ever: no variety, sft_loss is lower", "", dict(k=("0", "-1"))),
+    Rule("tasks.py:interval", "min(n, p * (1 - p) / variance)", ("max(n, p * (1 - p) / variance)", "p * (1 - p) / variance * <k>", "len(residuals) * <k>"),
+         "the interval is too narrow or too wide", "", dict(k=("2", "4"))),
+]
+
+
+def function(tree, name):
+    """The node of a qualified name."""
+    node = tree
+    for part in name.split("."):
+        node = next(child for child in ast.walk(node) if child is not node and getattr(child, "name", None) == part
+                    and isinstance(child, (ast.FunctionDef, ast.ClassDef)))
+    return node
+
+
+def same(text):
+    """The text as ast.unparse prints it, whatever it is."""
+    tree = ast.parse(text).body[0]
+    return ast.unparse(tree.value if isinstance(tree, ast.Expr) else tree)
+
+
+def places(rule, tree):
+    """The nodes that a rule may replace."""
+    old, kind = same(rule.old), ast.parse(rule.old).body[0]
+    kind = type(kind.value if isinstance(kind, ast.Expr) else kind)
+    return [node for node in ast.walk(function(tree, rule.where.split(":")[1]))
+            if type(node) is kind and not isinstance(getattr(node, "ctx", None), ast.Store) and ast.unparse(node) == old]
+
+
+def variants(rule):
+    """Every text that may stand there instead."""
+    for text in rule.new:
+        names = [name for name in rule.draw if f"<{name}>" in text]
+        for values in itertools.product(*(rule.draw[name] for name in names)):
+            said = text
+            for name, value in zip(names, values):
+                said = said.replace(f"<{name}>", value)
+            yield said

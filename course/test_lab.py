@@ -1,0 +1,201 @@
+"""Tests of the laboratory part of the course kit: the bug hunt, the enumerated world, the written questions' commands.
+
+    python -m pytest -q course/test_lab.py
+    AMFT_SLOW=1 python -m pytest -q course/test_lab.py     # and every choice of every rule; many minutes
+"""
+
+import ast
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import bughunt  # noqa: E402
+import toy  # noqa: E402
+rules = bughunt.rules
+
+slow = pytest.mark.skipif(not os.environ.get("AMFT_SLOW"), reason="takes longer: AMFT_SLOW=1 runs it")
+
+
+@pytest.fixture(autouse=True)
+def plain():
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# --- the enumerated world -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("student", ["", "a", "b"])
+def test_the_exact_meta_gradient_is_the_finite_difference_of_u(student):
+    world = toy.World(student)
+    step, tangent = toy.curve(world)
+    at, h = 0.35, 1e-5
+    here = step(at)
+    expected = ((world.utility(step(at + h)) - world.utility(step(at - h))) / (2 * h)).item()
+    slope = world.utility_gradient(here)
+    assert (slope @ tangent(at)).item() == pytest.approx(expected, rel=1e-5, abs=1e-7 * (slope.norm() * tangent(at).norm()).item())
+    # And the enumeration is of the policy that amft.py sees.
+    rollouts = world.rollouts(here, 6, 2)
+    logps = toy.amft.logps_of(world.model, rollouts.batch)
+    row = world.token_logps(here)[(world.prompts == rollouts.batch.ids[0, :3]).all(1).nonzero()[0, 0]]
+    torch.testing.assert_close(row[(toy.RESPONSES == rollouts.batch.responses[0]).all(1)][0], logps[0])
+
+
+def test_the_figures_of_the_written_questions():
+    """The short form of each command, and what answers.md says of it."""
+    world = toy.World
+    found = toy.bias(world(), True)
+    assert all(found["amft.group_advantages", G] == pytest.approx(1) for G in (2, 4, 8, 16))
+    ratios = [found["own_deviation", G] for G in (2, 4, 8, 16)]
+    assert ratios[0] == pytest.approx(1, abs=1e-4) and ratios == sorted(ratios) and 1.4 < ratios[1] < 1.8 and 1.9 < ratios[3] < 2.5
+    found = toy.shift(world(), True)
+    with_baseline, without = ([found[name, c] for c in (0.0, 5.0)] for name in ("others of the prompt", "none"))
+    assert with_baseline[1] == pytest.approx(with_baseline[0], rel=0.01) and 5 < without[1] / without[0] < 12
+    found = toy.adam(world(), True)
+    assert found["noise", 0] < 0.1 and found["noise", 30] > 0.97 and found["noise", 30] > found["own", 30] > found["own", 1]
+    found = toy.signal(world(), True)
+    assert found[32]["ratio"] > found[8]["ratio"] and 0.8 < found[32]["inside"] <= 1
+    found = toy.lam(world(), True)
+    assert abs(found["all 1", 1.0]) < 1e-9 and abs(found["the world's", 1.0]) < 1e-9
+    assert abs(found["all 1", 0.0]) > abs(found["all 1", 0.8]) > 1e-3
+    found = toy.starts(world(), True)
+    assert all(0.05 <= mu <= 0.95 for start in (0.1, 0.5, 0.9) for mu in found["mu", start])
+
+
+def test_the_picture_shows_the_estimate_beside_the_truth(tmp_path):
+    pytest.importorskip("matplotlib")
+    slope, estimate, error = toy.plot(toy.World(), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size < 100_000 and abs(estimate - slope) < 4 * error
+
+
+# --- the bug hunt -------------------------------------------------------------------------------------------------
+
+
+def test_the_same_id_draws_the_same_five_bugs_and_another_id_others():
+    first, again, other = (bughunt.hunt_of(student) for student in ("ada", "ada", "emmy"))
+    assert first == again and len(first[0]) == 5 and len({bug.rule.where for bug in first[0]}) == 5
+    assert {bug.edit for bug in first[0]} != {bug.edit for bug in other[0]} and first[1] != other[1] and len(first[1]) > 60
+    # No edit shares its place with another, and no line moves.
+    for file in bughunt.FILES:
+        edits = [edit for edit in (*first[1], *(bug.edit for bug in first[0])) if edit.file == file]
+        text = bughunt.edited(bughunt.source(file), edits)
+        assert text.count("\n") == bughunt.source(file).count("\n")
+        changed = sum(a != b for a, b in zip(text.split("\n"), bughunt.source(file).split("\n")))
+        assert ast.parse(text) and changed > 30
+
+
+def test_every_rule_applies_and_no_bug_is_already_known():
+    assert len(rules.RULES) >= 30 and sum(len(list(rules.variants(rule))) for rule in rules.RULES) >= 150
+    known, rng = bughunt.mutants(), random.Random(1)
+    for rule in rules.RULES:
+        (bug,) = bughunt.choices(rule, rng)
+        assert not bughunt.is_known(bug, known), rule
+
+
+def command(*argv):
+    return subprocess.run([sys.executable, str(HERE / "bughunt.py"), *map(str, argv)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+
+
+def test_bugs_are_told_from_the_right_file():
+    done = command("check", "--quick", "--only", "amft.py:gae (adv*")
+    assert done.returncode == 0 and "1 rules, 1 bugs, 0 faults" in done.stdout, done.stdout + done.stderr
+
+
+@slow
+def test_every_choice_of_every_rule():
+    done = subprocess.run([sys.executable, str(HERE / "bughunt.py"), "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+
+
+PRIVATE = '''
+from rules import Rule
+SECRET, ALONE = "a word", True
+RULES = [
+    Rule("amft.py:sft_loss", "mask.sum()", ("len(mask)",), "per row"),
+    Rule("amft.py:ppo_loss", "(logps - old_logps).exp()", ("(old_logps - logps).exp()",), "turned round"),
+    Rule("amft.py:update_mu", "memory * evidence[0]", ("evidence[0]",), "no fading"),
+    Rule("amft.py:gae", "(advantages + values) * mask", ("advantages * mask",), "no values"),
+    Rule("tasks.py:Deal.grade", "value == self.target", ("value != self.target",), "wrong is right"),
+]
+'''
+TESTS = {  # function -> a test of at most 15 lines
+    "sft_loss": "import torch, amft\ndef test_mean():\n    assert amft.sft_loss(-torch.ones(2, 3), torch.ones(2, 3)) == 1",
+    "ppo_loss": ("import torch, amft\ndef test_direction():\n    x = torch.zeros(1, 1, requires_grad=True)\n    one = torch.ones(1, 1)\n"
+                 "    amft.ppo_loss(x, x.detach(), one, one).backward()\n    assert x.grad < 0  # more of what was good"),
+    "update_mu": ("import amft\ndef test_old_evidence_fades():\n    config = amft.Config(device='cpu')\n"
+                  "    assert amft.update_mu(0.5, 1.0, 1.0, [(0.0, 1.0)], (1.0, 1.0), config, 0.5)[1][0] == 0.5"),
+    "gae": ("import torch, amft\ndef test_returns():\n    one = torch.ones(1, 2)\n    rewards = torch.tensor([[0.0, 3.0]])\n"
+            "    assert amft.gae(rewards, one, one)[1].tolist() == [[3.0, 3.0]]"),
+    "grade": ("import tasks\ndef test_24():\n    deal = tasks.Deal(('8', '4', '3', 'A'), {}, (8, 4, 3, 1), '')\n"
+              "    assert deal.grade('{\"formula\": \"8*(4-1)*3\"}') == 'wrong_result'\n"
+              "    assert deal.grade('{\"formula\": \"8+4*(3+1)\"}') == 'correct'"),
+}
+
+
+@pytest.fixture(scope="module")
+def handed_out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hunt")
+    (folder / "private.py").write_text(PRIVATE)
+    done = command("make", "--student", "ada", "--out", folder / "ada", "--private", folder / "private.py", "--no-logs")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return folder
+
+
+def graded(folder, *flags):
+    done = command("grade", folder / "ada", "--student", "ada", "--private", folder / "private.py", "--out", folder / "results.json", *flags)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_right_submission_has_all_points_whichever_number_a_bug_was_given(handed_out):
+    bugs, changes = bughunt.hunt_of("ada", handed_out / "private.py")
+    for number, bug in enumerate(reversed(bugs), 1):
+        name = bug.rule.where.split(".")[-1].split(":")[-1]
+        whole = bughunt.edited(bughunt.source(bug.edit.file), [e for e in changes if e.file == bug.edit.file])
+        line = whole.split("\n")[bug.edit.line - 1]
+        (handed_out / "ada" / "answers" / f"test_bug{number}.py").write_text(TESTS[name])
+        (handed_out / "ada" / "answers" / f"bug{number}.txt").write_text(
+            f"file: {bug.edit.file}\nline: {bug.edit.line}\nfix: {line.strip()}  # as it should be\nsymptom: the log tells something odd about it\n")
+    found = graded(handed_out)
+    assert found["score"] == 15 and [test["score"] for test in found["tests"]] == [3.0] * 5, found
+
+
+def test_wrong_submissions_have_none(handed_out):
+    """What was handed out, filled in with nothing; then a test that fails on both files, one that passes on both, one
+    that hangs, one that reads files, and a fix that mends nothing."""
+    answers = handed_out / "ada" / "answers"
+    bugs, _ = bughunt.hunt_of("ada", handed_out / "private.py")
+    for number in range(1, 6):
+        (answers / f"test_bug{number}.py").write_text("# nothing\n")
+        (answers / f"bug{number}.txt").write_text(bughunt.ANSWER)
+    found = bughunt.grade(handed_out / "ada", "ada", handed_out / "private.py")
+    assert found["score"] == 0 and all("no test" in test["output"] for test in found["tests"])
+    words = ("def test():\n    assert False", "def test():\n    assert True", "def test():\n    while True:\n        pass",
+             "import os\ndef test():\n    assert os", "x = 1\n" * 16 + "def test():\n    assert False")
+    for number, text in enumerate(words, 1):
+        (answers / f"test_bug{number}.py").write_text(text)
+    bug = next(bug for bug in bugs if "gae" in bug.rule.where)
+    (answers / "bug1.txt").write_text(f"file: amft.py\nline: {bug.edit.line}\nfix: return advantages, values * mask\nsymptom: one two three four five six\n")
+    found = graded(handed_out, "--seconds", "3")
+    assert found["score"] == 0, found
+    for test, said in zip(found["tests"], ("does not pass on the right", "passes on the right file, and on", "timed out", "may not", "at most 15")):
+        assert said in test["output"], test
+
+
+def test_every_command_in_the_texts_names_a_file_and_a_flag_that_are_there():
+    for name in ("written.md", "answers.md", "handout.md"):
+        text = (HERE / name).read_text()
+        for question in re.findall(r"python course/toy\.py ([a-z]+)", text):
+            assert question in toy.QUESTIONS, (name, question)
+    for question in toy.QUESTIONS:
+        assert f"python course/toy.py {question}" in (HERE / "written.md").read_text()
