@@ -516,7 +516,7 @@ def test_floats_a_parameter_at_the_peak_of_a_run(tmp_path, tokenizer, monkeypatc
             return rollout(*args)
     monkeypatch.setattr(amft, "rollout", uncounted)
     with alive:
-        tiny_run(str(folder), tmp_path / "run", "--prompts", "2", "--samples", "2", "--sft-batch", "2", "--micro-batch", "1",
+        tiny_run(str(folder), tmp_path / "run", "--prompts", "2", "--samples", "2", "--sft-batch", "2", "--micro-tokens", "1",
                  "--warmup", "0", "--steps", "2", "--meta-every", "1", "--advantage", "group", "--demos", "50")
     N = len(final_policy(tmp_path / "run"))
     floats = {name: peak / 4 / N for name, peak in peaks.items()}
