@@ -309,6 +309,9 @@ def test_any_of_the_checkpoints_end_tokens_ends_a_response(checkpoint):
 
 def test_what_cannot_be_a_policy_is_refused_in_one_line(checkpoint, tmp_path, capsys, monkeypatch):
     """At the start, whatever the fault: no positions, no cache of the usual kind, pictures of another kind."""
+    def train(*_):
+        raise AssertionError("this was to be refused")
+    monkeypatch.setattr(amft, "train", train)
     mamba = tmp_path / "mamba"
     shutil.copytree(checkpoint("plain"), mamba)
     transformers.MambaForCausalLM(transformers.MambaConfig(
