@@ -624,7 +624,7 @@ def main(argv=None, methods=METHODS, config_class=Config):
         config, folder, new = parse(argv, methods, config_class)
         check(config, methods[config.method])
         task = TASKS[config.task](data=config.data, data_test=config.data_test)
-        model, tokenizer = load_policy(config, task, learns=folder is not None)
+        model, tokenizer = load_policy(config, task, folder is not None)
         if folder is None:
             rows = [evaluate(model, tokenizer, task, split, config) for split in task.splits]
             return print(table({config.model: rows}))

@@ -2327,7 +2327,7 @@ def test_a_readers_own_problems(tiny, tmp_path, capsys):
                       (json.dumps(dict(rows[1], answer=7)), 'line 2: "answer" must'),
                       ("[" * 10 ** 5, "line 2: is not JSON"), (good[:-1] + ', "x": NaN}', "line 2: is not JSON"),
                       (json.dumps(dict(rows[1], answer="999")),
-                       'line 2: the last box of "solution" is not "answer", 999')):
+                       'line 2: "solution" ends in another answer than "answer", 999')):
         file.write_text(good + "\n" + bad + "\n")
         error = fails(["--task", "math", "--data", str(file), "--model", tiny, "--out", str(tmp_path / "no")], capsys)
         assert says in error and len(error.splitlines()) == 1

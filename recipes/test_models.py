@@ -309,6 +309,9 @@ def test_any_of_the_checkpoints_end_tokens_ends_a_response(checkpoint):
 
 def test_what_cannot_be_a_policy_is_refused_in_one_line(checkpoint, tmp_path, capsys, monkeypatch):
     """At the start, whatever the fault: no positions, no cache of the usual kind, pictures of another kind."""
+    def train(*_):
+        raise AssertionError("this was to be refused")
+    monkeypatch.setattr(amft, "train", train)
     mamba = tmp_path / "mamba"
     shutil.copytree(checkpoint("plain"), mamba)
     transformers.MambaForCausalLM(transformers.MambaConfig(
@@ -405,6 +408,8 @@ def test_bf16_keeps_theta_and_its_sums_in_float32(checkpoint, tmp_path, rewarded
         ids, own = row_of(batch, row)
         expected = plain_logps(model, ids).gather(1, ids[1:, None]).squeeze(1)[own[1:]].float()
         assert (trained[row][batch.mask[row].bool()] - expected).abs().max() < 0.1
+    exact = (amft.outputs(model, batch)[0].double() / 0.7).log_softmax(-1).gather(-1, batch.responses.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(temperate.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 # --- a reader's own problems --------------------------------------------------------------------------------------
