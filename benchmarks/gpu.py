@@ -1,13 +1,14 @@
-"""What a GPU would tell: seconds a step and peak memory of the default run, and of a random-weight 0.5B Qwen2. NOT RUN YET:
-no GPU was to be had when this was written; only `--tiny --device cpu` was, to see that it goes through.
+"""What a GPU would tell: seconds a step and peak memory of the default run, and of random weights in the shape of
+Qwen2.5-0.5B. NOT RUN YET: no GPU was to be had when this was written; only `--tiny --device cpu` was, to see that it goes through.
 
     python benchmarks/gpu.py                         # needs a GPU of 24 GB
     python benchmarks/gpu.py --layers 28 --width 1536 --heads 12 --inner 8960     # the shape of Qwen2.5-1.5B: 80 GB
     python benchmarks/gpu.py --tiny --device cpu     # the same path in a minute
     python benchmarks/speed.py --steps 12            # the ratio to TRL's GRPOTrainer (on the CPU as it stands)
 
-The large policy has Qwen2's architecture and vocabulary with random weights, so that nothing is downloaded; its samples
-are noise, and as long as they may be. Flags that this amft.py does not have are left out, and named.
+The large policy has Qwen2.5's sizes and vocabulary in Llama's class (the same but for a few biases) and the small base's
+tokenizer, so that nothing is downloaded; its samples are noise, and as long as they may be. Flags that this amft.py does
+not have are left out, and named.
 """
 
 import argparse
@@ -18,18 +19,18 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import amft  # noqa: E402
 
 
-def qwen(folder, args):
+def large(folder, args):
     """A checkpoint folder of that shape, and its number of parameters."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "base")
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
+    model = LlamaForCausalLM(LlamaConfig(
         vocab_size=args.vocab, hidden_size=args.width, intermediate_size=args.inner, num_hidden_layers=args.layers,
         num_attention_heads=args.heads, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
@@ -74,8 +75,8 @@ def main():
     lines = [measured("base, default sizes", sum(p.numel() for p in amft.load_policy(
         amft.Config(device="cpu"), amft.TASKS["gp"]())[0].parameters()), common, gpu)]
     with tempfile.TemporaryDirectory() as folder:
-        parameters = qwen(folder, args)
-        lines.append(measured("Qwen2, random weights", parameters, [
+        parameters = large(folder, args)
+        lines.append(measured("random weights", parameters, [
             *common, "--model", folder, "--prompts", "8", "--samples", "8", "--sft-batch", "16", "--lr", "2e-6", *extra], gpu))
     print(torch.cuda.get_device_name() if gpu else "CPU", "torch", torch.__version__)
     print("| policy | parameters | seconds a step | peak | floats a parameter |\n|---|---|---|---|---|", *lines, sep="\n")
