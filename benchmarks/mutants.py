@@ -225,7 +225,7 @@ MUTANTS = [
     ("recipes/parallel.py", "return total(grad), total(logps)", "return total(grad), logps", "two_ranks"),
     ("recipes/parallel.py", "order = torch.tensor(place).argsort()", "order = torch.arange(len(place))", "two_ranks"),
     ("recipes/parallel.py", "left = S - right", "left = 0 * S - 0 * right", "two_ranks"),
-    ("recipes/parallel.py", "for part in parts], tokens)", "for part in parts], turns)", "two_ranks"),
+    ("recipes/parallel.py", "for part in parts], tokens)", "for part in parts], turns)", "joined_conv"),
     ("recipes/parallel.py", "P * (P - 1) * error ** 2 + P * mean ** 2", "P * (P - 1) * error ** 2", "two_ranks"),
     ("recipes/parallel.py", "return None, total(states)", "return None, states", "two_ranks"),
     ("recipes/parallel.py", "        result = super().restore(*args)\n", "        result = super().restore(*args[:1], None, args[2])\n",

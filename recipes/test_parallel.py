@@ -189,6 +189,27 @@ def test_two_ranks_compute_what_one_process_does(tiny, tmp_path, monkeypatch):
         assert a.entropy == pytest.approx(b.entropy, rel=1e-5) and a.truncated == pytest.approx(b.truncated)
 
 
+def test_joined_conversations_are_those_of_their_own(tiny):
+    """Of two parts of unlike lengths: prompts and log-probabilities as before, in the order of the episodes; entropy and
+    the share without an end again from the logits and the tokens."""
+    task = tasks.GeneralPoints()
+    policy, tokenizer = amft.load_policy(amft.Config(device="cpu", model=tiny, max_new_tokens=34), task)
+    episodes = [task.sample("train", random.Random(i)) for i in range(3)]
+    torch.manual_seed(0)
+    parts = [amft.rollout(policy, tokenizer, episodes[::2], 2, 34), amft.rollout(policy, tokenizer, episodes[1::2], 2, 5)]
+    one = parallel.joined(parts, [0, 2, 1], tokenizer.pad_token_id)
+    assert [e.prompt for e in one.episodes] == [e.prompt for e in episodes for _ in range(2)]
+    with torch.no_grad():
+        logits = amft.outputs(policy, one.batch)[0].log_softmax(-1)
+        logps = (amft.token_logps(logits, one.batch.responses) * one.batch.mask).sum(1)
+        first, second = ((amft.logps_of(policy, part.batch) * part.batch.mask).sum(1) for part in parts)
+    torch.testing.assert_close(logps, torch.cat([first[:2], second, first[2:]]), rtol=1e-4, atol=1e-4)
+    entropy = (-(logits.exp() * logits).sum(-1) * one.batch.mask).sum() / one.batch.mask.sum()
+    assert one.entropy == pytest.approx(entropy.item(), rel=1e-5) and parts[0].entropy != pytest.approx(one.entropy, rel=1e-4)
+    ends = [tokenizer.eos_token_id in ids[own > 0] for ids, own in zip(one.batch.responses, one.batch.mask)]
+    assert one.truncated == pytest.approx(1 - sum(ends) / 6)
+
+
 def sampled(rank, model):
     parallel.start()
     task = tasks.GeneralPoints()
