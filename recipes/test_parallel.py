@@ -139,7 +139,7 @@ def close(actual, expected, rtol):
 
 def measure(model, alone):
     """Gradients and estimates of one given batch, by amft's functions as they stand."""
-    config = amft.Config(device="cpu", prompts=5, samples=4, micro_batch=3, max_new_tokens=34)
+    config = amft.Config(device="cpu", prompts=5, samples=4, micro_tokens=200, max_new_tokens=34)
     task = tasks.GeneralPoints()
     policy, tokenizer = amft.load_policy(amft.Config(device="cpu", model=model, max_new_tokens=34), task)
     rng, phi = random.Random(0), amft.value_function(policy)
