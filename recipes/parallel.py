@@ -134,7 +134,11 @@ def meta_gradient(alone, model, tangent, rollouts, *rest, **more):
     the standard error of its P slopes follow their sum and sum of squares, and from all ranks' those of all slopes."""
     P, mine = len(rollouts.success), torch.zeros_like(rollouts.success)
     share(mine).copy_(share(rollouts.success))
-    mean, error = alone(model, tangent, rollouts._replace(success=mine), *rest, **more)
+    shared, amft.loss_gradient = amft.loss_gradient, amft.loss_gradient.args[0]  # here a prompt's rows stay together
+    try:
+        mean, error = alone(model, tangent, rollouts._replace(success=mine), *rest, **more)
+    finally:
+        amft.loss_gradient = shared
     sums = torch.tensor([P * mean, P * (P - 1) * error ** 2 + P * mean ** 2], dtype=torch.float64)
     slopes, squares = total(sums).tolist()
     variance = max(squares - slopes ** 2 / P, 0.0) / (P - 1)
@@ -184,8 +188,8 @@ class Run(amft.Run):
         if RANK == 0:
             super().write(*args, **fields)
 
-    def rows(self, kind):
-        return first(super().rows, kind)
+    def rows(self, *kinds):
+        return first(super().rows, *kinds)
 
     def restore(self, *args):
         everyones(None)  # rank 0 has written the folder's first line
