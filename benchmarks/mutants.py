@@ -81,7 +81,7 @@ MUTANTS = [
     ("amft.py", "return 1.0  # the warm-up", "return self.now", "budget or hang_together"),
     ("amft.py", "s.mu = method.mu(s) if s.update == 0 else s.mu", "s.mu = method.mu(s)", "fades_once"),
     # losses and advantages
-    ("amft.py", "logits.log_softmax(-1).gather", "logits.softmax(-1).log().gather", "large_logits"),
+    ("tasks.py", "logits.log_softmax(-1, dtype=dtype).gather", "logits.softmax(-1, dtype=dtype).log().gather", "large_logits"),
     ("amft.py", "return -(logps * mask).sum()", "return -logps.sum()", "slow_loops"),
     ("amft.py", "torch.minimum(ratio * advantages", "torch.maximum(ratio * advantages", "slow_loops"),
     ("amft.py", "(ratio * advantages, ratio.clamp(1 - clip, 1 + clip)", "(ratio * advantages, ratio.clamp(1, 1 + clip)",
