@@ -64,9 +64,9 @@ MUTANTS = [
     ("amft.py", "len(batch.ids)).item() * scale", "len(batch.ids)).item()", "own_meta"),
     ("amft.py", "slope = -(g_rl", "slope = (g_rl", "own_meta"),
     ("amft.py", "own_meta_gradient(s.g_rl, self", "own_meta_gradient(s.g_sft, self", "mu_follows"),
-    ("amft.py", "estimates.append(meta_gradient(s.model, self.tangents[0], seen, c))",
-     "estimates = [meta_gradient(s.model, self.tangents[0], seen, c)]", "mu_follows"),
-    ("amft.py", 's.task.sample("val", s.rng)', 's.task.sample("train", s.rng)', "target_entropy_is_measured"),
+    ("amft.py", "shown.append(meta_gradient(s.model, self.tangents[0], seen, c))",
+     "shown = [meta_gradient(s.model, self.tangents[0], seen, c)]", "mu_follows"),
+    ("amft.py", 's.task.sample(self.on, s.rng)', 's.task.sample("train", s.rng)', "target_entropy_is_measured"),
     ("amft.py", "episodes, c.samples, c.max_new_tokens, c.temperature)", "episodes, c.samples, c.max_new_tokens)",
      "target_entropy_is_measured"),
     # the controller

@@ -20,7 +20,7 @@ import amft  # noqa: E402
 import tasks  # noqa: E402
 from compare import rivals  # noqa: E402
 
-METHODS = sorted(rivals.METHODS)
+METHODS = sorted(set(rivals.METHODS) - set(rivals.CONTROLLERS))  # these: test_controllers.py
 OWN_PROMPTS = {"superrl", "hpt", "dyme", "luffy", "srft"}  # these demonstrate the step's own prompts
 NO_WARMUP = OWN_PROMPTS | {"sft", "dft", "rl", "relift", "cosine", "chord"}
 
