@@ -455,7 +455,7 @@ def train(config, method, task, model, tokenizer, run):
         old = None  # log-probabilities of the policy that sampled
         for s.update in range(config.ppo_epochs if s.rollouts else 1):
             # Their two gradients. (Eqs. 1-2)
-            s.g_rl = s.g_sft = theta.new_zeros(1).expand_as(theta)
+            s.g_rl = s.g_sft = torch.zeros_like(theta)
             if s.rollouts:
                 s.g_rl, logps, s.row["rl_loss"] = rl_gradient(
                     model, s.rollouts.batch, s.advantages, config, old)

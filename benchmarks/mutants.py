@@ -39,7 +39,6 @@ MUTANTS = [
     ("amft.py", "trace * d_m, trace * d_v, d_norm", "trace * d_m, 0 * d_v, d_norm", "with_a_trace"),
     ("amft.py", "trace * d_v, d_norm", "trace * d_v, 0 * d_norm", "finite_difference"),
     ("amft.py", "del s.g_rl, s.g_sft  # memory", "pass", "floats_a_parameter"),
-    ("amft.py", "theta.new_zeros(1).expand_as(theta)", "torch.zeros_like(theta)", "floats_a_parameter"),
     ("tasks.py", "x[i:i + size].clone() for", "x[i:i + size] for", "floats_a_parameter"),
     ("tasks.py", "size=2 ** 22", "size=2 ** 40", "floats_a_parameter"),
     ("tasks.py", "x[i:i + size] = part", "x[:len(part)] = part", "slices_give"),
