@@ -451,7 +451,8 @@ def test_every_length_is_checked(checkpoint, tmp_path, capsys):
     for i in (17, 40):
         rows[i]["solution"] = "so " * i + rows[i]["solution"]
     file = write(tmp_path / "own.jsonl", rows)
-    start = ["--task", "math", "--device", "cpu", "--model", checkpoint("plain"), "--data", file, "--out", tmp_path / "run"]
+    start = ["--task", "math", "--smoke", "--steps", "3", "--eval-n", "1", "--device", "cpu", "--model", checkpoint("plain"),
+             "--data", file, "--out", tmp_path / "run"]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("plain"))
     lengths = [len(tokenizer(p.solution)["input_ids"]) + 1 for p in tasks.read_problems(file)]
     most = sorted(lengths)[-3]
