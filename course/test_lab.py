@@ -195,7 +195,10 @@ def test_wrong_submissions_have_none(handed_out):
 def test_every_command_in_the_texts_names_a_file_and_a_flag_that_are_there():
     for name in ("written.md", "answers.md", "handout.md"):
         text = (HERE / name).read_text()
-        for question in re.findall(r"python course/toy\.py ([a-z]+)", text):
+        for question in re.findall(r"python (?:course/)?toy\.py ([a-z]+)", text):
             assert question in toy.QUESTIONS, (name, question)
     for question in toy.QUESTIONS:
-        assert f"python course/toy.py {question}" in (HERE / "written.md").read_text()
+        assert f"python toy.py {question}" in (HERE / "written.md").read_text()
+    for name in ("written.md", "handout.md"):  # what students read names no folder that they do not have
+        text = (HERE / name).read_text()
+        assert "course/" not in text and set(re.findall(r"python ([\w/]+\.py)", text)) <= {"toy.py", "amft.py"}

@@ -1,12 +1,12 @@
 """A world small enough to enumerate: what Eqs. 4-6 do, with U exact. Seconds to a minute on one core.
 
-    python course/toy.py bias       # question 1: advantages divided by their prompt's own deviation
-    python course/toy.py shift      # question 2: adding 5 to all rewards
-    python course/toy.py adam       # question 3: the step that is taken, and the step of Eq. 5
-    python course/toy.py signal     # question 4: what one meta-gradient tells
-    python course/toy.py lam        # question 5: lambda below 1
-    python course/toy.py starts     # question 6: where mu goes, and whether it pays; a minute
-    python course/toy.py --plot     # the meta-gradient in one picture: meta-gradient.png beside this file
+    python toy.py bias       # question 1: advantages divided by their prompt's own deviation
+    python toy.py shift      # question 2: adding 5 to all rewards
+    python toy.py adam       # question 3: the step that is taken, and the step of Eq. 5
+    python toy.py signal     # question 4: what one meta-gradient tells
+    python toy.py lam        # question 5: lambda below 1
+    python toy.py starts     # question 6: where mu goes, and whether it pays; a minute
+    python toy.py --plot     # the meta-gradient in one picture: meta-gradient.png beside this file
 
 --student ID draws a world of one's own, --short makes less of it. The algorithm is amft.py's own: Batch, Rollouts,
 adamw_step, step_sensitivity, meta_gradient, update_mu and so on; what is enumerated here shares nothing with it.
@@ -25,7 +25,7 @@ import torch
 from torch.nn.utils import vector_to_parameters
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE if (HERE / "amft.py").exists() else HERE.parent))
 import amft  # noqa: E402
 
 X, V, T, D = 4, 5, 2, 8
