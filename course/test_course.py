@@ -594,7 +594,7 @@ def test_what_a_submission_may_look_like(tmp_path):
 
 
 def test_a_grader_that_runs_out_of_time_says_so(tmp_path):
-    results = grade.grade([submitted(tmp_path / "in", SOURCES)], tmp_path / "results.json", total=1, say=lambda *_, **__: None)
+    results = grade.grade([submitted(tmp_path / "in", answers())], tmp_path / "results.json", total=1, say=lambda *_, **__: None)
     assert results["score"] == 0 and all("not graded" in row["output"] for row in results["tests"])
 
 

@@ -106,6 +106,7 @@ def command(*argv):
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
 
 
+@slow
 def test_bugs_are_told_from_the_right_file():
     done = command("check", "--quick", "--only", "amft.py:gae (adv*")
     assert done.returncode == 0 and "1 rules, 1 bugs, 0 faults" in done.stdout, done.stdout + done.stderr
@@ -186,7 +187,7 @@ def test_wrong_submissions_have_none(handed_out):
         (answers / f"test_bug{number}.py").write_text(text)
     bug = next(bug for bug in bugs if "gae" in bug.rule.where)
     (answers / "bug1.txt").write_text(f"file: amft.py\nline: {bug.edit.line}\nfix: return advantages, values * mask\nsymptom: one two three four five six\n")
-    found = graded(handed_out, "--seconds", "3")
+    found = bughunt.grade(handed_out / "ada", "ada", handed_out / "private.py", seconds=3)
     assert found["score"] == 0, found
     for test, said in zip(found["tests"], ("does not pass on the right", "passes on the right file, and on", "timed out", "may not", "at most 15")):
         assert said in test["output"], test
