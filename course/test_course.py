@@ -28,7 +28,7 @@ SOURCES = {module: (HERE.parent / f"{module}.py").read_text() for module in ("am
 EXERCISES = {e["id"]: e for e in grade.exercises()}
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def functions(source):
     return grade.functions_in(ast.parse(source))
 
@@ -267,7 +267,8 @@ def test_wrong_answers_lose_their_points_and_hear_why(case):
     """Each is judged as grade.py does, but in this process. What is wrong in one exercise leaves the others as they are."""
     exercise, sources, hint, text = case
     e = EXERCISES[exercise]
-    others_unchanged(sources, exercise)
+    if SLOW:
+        others_unchanged(sources, exercise)
     for seed in range(8 if SLOW else 1):
         passed, message = grade.judge(e, sources, [seed])
         assert not passed, f"seed {seed}: {text} passes"
