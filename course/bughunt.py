@@ -224,7 +224,8 @@ def warm_up(policy=True):
     """Import what every file imports, once: children are forks. Nothing of the project is imported here."""
     os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", TOKENIZERS_PARALLELISM="false")
     sys.dont_write_bytecode = True
-    for name in ("torch", "numpy", "tqdm", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+    for name in ("fractions", "torch", "torch.utils.checkpoint", "numpy", "tqdm", "transformers.modeling_layers",
+                 "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
                  "transformers.generation.logits_process", "transformers.generation.configuration_utils",
                  *("transformers.models.llama.modeling_llama", "transformers.generation.utils") * policy):
         importlib.import_module(name)

@@ -62,7 +62,7 @@ SAFE = ("abs all any bool bytes callable complex dict divmod enumerate filter fl
         "ArithmeticError AssertionError AttributeError BaseException Exception FloatingPointError IndexError KeyError "
         "LookupError NotImplementedError OverflowError RecursionError RuntimeError StopIteration TypeError ValueError ZeroDivisionError "
         "MemoryError SystemExit KeyboardInterrupt True False None Ellipsis NotImplemented").split()
-CLOSED = set("main parse_args check Run train evaluate load_policy show_task read_problems TASKS METHODS tqdm Path".split())
+CLOSED = set("main check Run train evaluate curves device_of load_policy show_task read_problems TASKS METHODS tqdm Path".split())
 # Attributes that lead out of a value: to modules, frames, files, other processes, torch's settings.
 OUT = (set(sys.stdlib_module_names) - {"copy", "select", "string", "numbers", "trace", "token", *MODULES}) | set(
     "load save tofile fromfile from_file dump memmap ctypes modules hub jit ops classes library compile get_device_module "
@@ -158,10 +158,11 @@ def dotted(node):
     return [node.id, *names] if isinstance(node, ast.Name) else None
 
 
-def refusal(body, file, modules):
+def refusal(body, file, modules, names=()):
     """Raise Refused at the first thing that no exercise needs and that could reach the grader.
 
-    modules: {name: the module that it means, or None where torch is not loaded} of the file's own imports."""
+    modules: {name: the module that it means, or None where torch is not loaded} of the file's own imports; names: what
+    this exercise may not use, since it is the answer."""
     # Other modules are not there when the body runs, so their names are a body's own to use.
     modules = {name: module for name, module in modules.items() if name in MODULES}
     nodes = [node for statement in body for node in ast.walk(statement)]
@@ -185,7 +186,7 @@ def refusal(body, file, modules):
             refuse(node, {ast.ClassDef: "a class", ast.Global: "global"}.get(type(node), "async"))
         said = [getattr(node, field, None) for field in ("name", "id", "attr", "arg", "rest")]
         for name in said + getattr(node, "kwd_attrs", []):
-            if isinstance(name, str) and name.startswith("__"):
+            if isinstance(name, str) and (name.startswith("__") or name in names):
                 refuse(node, name)
         if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)) and "__" in str(node.value):
             refuse(node, "a text with two underscores")
@@ -325,7 +326,7 @@ def judge(exercise, sources, seeds, tests=None, check=True, before=lambda: (), h
         for name in exercise["functions"]:
             node = find(sources[exercise["module"]], file, name)
             if check:
-                refusal(body_of(node), file, imports)
+                refusal(body_of(node), file, imports, exercise.get("refused", ()))
             functions[name] = spliced(node, theirs[name], module, printer)
     except Refused as error:
         return False, str(error)
@@ -544,7 +545,7 @@ def grade(paths, out, student="", only=None, total=TOTAL, say=print):
                 raise Refused(f"there is no {file} in the submission")
             nodes = [find(sources[e["module"]], file, name) for name in e["functions"]]
             for node in nodes:
-                refusal(body_of(node), file, dict.fromkeys(imported(REFERENCE / file)))
+                refusal(body_of(node), file, dict.fromkeys(imported(REFERENCE / file)), e.get("refused", ()))
             if undone := [name for name, node in zip(e["functions"], nodes) if is_stub(node)]:
                 raise Refused(f"not done: {' and '.join(undone)}")
             left = min(SECONDS, total - (time.monotonic() - start))

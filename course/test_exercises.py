@@ -168,7 +168,7 @@ def tensor(values):
 
 @contextlib.contextmanager
 def stand_ins(number):
-    slow = {7: dict(adamw_step=adamw_by_loop),
+    slow = {7: dict(adamw=adamw_by_loop, adamw_step=adamw_step_by_loop),
             8: dict(token_logps=token_logps_by_loop, group_advantages=group_advantages_by_loop)}.get(number, {})
     true = {name: getattr(amft, name) for name in slow}
     vars(amft).update(slow)
@@ -191,10 +191,13 @@ def group_advantages_by_loop(rewards):
     return torch.tensor(rows, dtype=rewards.dtype) / scale, scale
 
 
-def adamw_by_loop(theta, grad, state, lr, max_norm=1.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8):
-    after = step_by_loop(theta.unbind(), grad.unbind(), state.m.unbind(), state.v.unbind(), state.step, lr, max_norm,
-                         weight_decay, betas, eps)
-    theta, m, v = map(torch.stack, after)
+def adamw_by_loop(theta, grad, m, v, norm, step, lr, max_norm=1.0, weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8):
+    return tuple(map(torch.stack, step_by_loop(theta.unbind(), grad.unbind(), m.unbind(), v.unbind(), step - 1, lr, max_norm,
+                                               weight_decay, b1, b2, eps, norm)))
+
+
+def adamw_step_by_loop(theta, grad, state, **how):
+    theta, m, v = adamw_by_loop(theta, grad, state.m, state.v, grad.norm(), state.step + 1, **how)
     return theta, amft.AdamState(m, v, state.step + 1)
 
 
@@ -560,16 +563,17 @@ def test_ppo_loss_of_parts_adds_up(seed):
                   tensor(own * mask[rows].sum().item() / count), {"ppo_ignores_tokens": tensor(own)}, scale=1.0)
 
 
-# --- 6: adamw_step ------------------------------------------------------------------------------------------------
+# --- 6: adamw and adamw_step --------------------------------------------------------------------------------------
 
 
-def step_by_loop(theta, grad, m, v, step, lr, max_norm=1.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, wrong=""):
-    """Entry by entry, of floats, of complex numbers or of torch's scalars: (theta', m', v'), lists. wrong: one mistake."""
+def step_by_loop(theta, grad, m, v, step, lr, max_norm=1.0, weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8, norm=None, wrong=""):
+    """Entry by entry, of floats, of complex numbers or of torch's scalars: (theta', m', v'), lists. norm: of the whole
+    gradient, where these are some of its entries; wrong: one mistake."""
     raw, real = grad, lambda x: x.real if isinstance(x, complex) else x
     if wrong == "clipped_by_value":
         grad = [min(max(g, -max_norm), max_norm) for g in grad]
     elif wrong != "not_clipped_norm":
-        norm = sum(g * g for g in grad) ** 0.5
+        norm = sum(g * g for g in grad) ** 0.5 if norm is None else norm
         share = max_norm / (norm + 1e-6)
         if wrong == "constant_clipping":
             share = real(share)
@@ -581,12 +585,12 @@ def step_by_loop(theta, grad, m, v, step, lr, max_norm=1.0, weight_decay=0.0, be
             g = g + weight_decay * x
         if wrong not in ("l2_decay", "no_decay"):
             x = x * (1 - (1 if wrong == "decay_without_lr" else lr) * weight_decay)
-        first = betas[0] * first + (1 - betas[0]) * g
+        first = b1 * first + (1 - b1) * g
         square = unclipped * unclipped if wrong == "moment_of_unclipped" else g * g
-        second = betas[1] * second + (1 - betas[1]) * (real(square) if wrong == "constant_v" else square)
+        second = b2 * second + (1 - b2) * (real(square) if wrong == "constant_v" else square)
         below = real(second) if wrong == "constant_v" else second
         no_correction = wrong == "no_bias_correction" or count == 0
-        down, up = (1, 1) if no_correction else (1 - betas[0] ** count, 1 - betas[1] ** count)
+        down, up = (1, 1) if no_correction else (1 - b1 ** count, 1 - b2 ** count)
         if real(below) == 0:
             root = eps
         elif wrong == "eps_inside":
@@ -609,7 +613,7 @@ def check_steps(what, draw, max_norm, steps=4, **how):
     N, lr = 9, draw.random.uniform(0.01, 0.05)
     true = torch.nn.Parameter(draw.normal(N))
     optimizer = torch.optim.AdamW([true], lr=lr, weight_decay=how.get("weight_decay", 0.0),
-                                  betas=how.get("betas", (0.9, 0.999)), eps=how.get("eps", 1e-8))
+                                  betas=(how.get("b1", 0.9), how.get("b2", 0.999)), eps=how.get("eps", 1e-8))
     theta, m, v = true.detach().clone(), torch.zeros(N).double(), torch.zeros(N).double()
     for step in range(steps):
         grad = draw.normal(N)
@@ -620,7 +624,7 @@ def check_steps(what, draw, max_norm, steps=4, **how):
         optimizer.step()
         state = optimizer.state[true]
         expected = true.detach().clone(), state["exp_avg"].clone(), state["exp_avg_sq"].clone()
-        result = call(amft.adamw_step, theta, grad, amft.AdamState(m, v, step), lr, max_norm=max_norm, **how)
+        result = call(amft.adamw_step, theta, grad, amft.AdamState(m, v, step), lr=lr, max_norm=max_norm, **how)
         result = parts_of("adamw_step", result, 2, "theta' and AdamState")
         if not isinstance(result[1], amft.AdamState):
             fail(f"adamw_step: the new state is a {type(result[1]).__name__}, expected an AdamState")
@@ -635,14 +639,24 @@ def check_steps(what, draw, max_norm, steps=4, **how):
                   axes=("entry",), scale=scale)
         if result[1].step != step + 1:
             fail(f"adamw_step{what}: the new state's step is {result[1].step}, expected {step + 1}")
+        some = slice(2, 6)
+        result = parts_of("adamw", call(amft.adamw, theta[some], grad[some], m[some], v[some], grad.norm(), step + 1, lr=lr,
+                                        max_norm=max_norm, **how), 3, "theta', m', v'")
+        for part, name in ((1, "m"), (2, "v"), (0, "theta")):
+            scale = (expected[0] - theta if part == 0 else expected[part]).abs().max().item()
+            def mistakes_of_some():
+                wrong = tensor(step_by_loop(*(x[some] for x in before), step, lr, max_norm, **how)[part])
+                return {} if near(wrong, expected[part][some], 2e-6, scale) else dict(norm_of_some=wrong)
+            agree(f"{name}' of adamw on entries 2 to 5{what}", result[part], expected[part][some], mistakes_of_some, rtol=2e-6,
+                  axes=("entry",), scale=scale)
         theta, m, v = expected
 
 
 @exercise(6)
 def test_adamw_step_against_torch(seed):
     draw = Draw("adamw_step", seed)
-    betas = draw.random.uniform(0.5, 0.8), draw.random.uniform(0.8, 0.95)
-    check_steps(" with other betas and eps", draw, 100.0, betas=betas, eps=draw.random.uniform(0.02, 0.1))
+    b1, b2 = draw.random.uniform(0.5, 0.8), draw.random.uniform(0.8, 0.95)
+    check_steps(" with other b1, b2 and eps", draw, 100.0, b1=b1, b2=b2, eps=draw.random.uniform(0.02, 0.1))
     check_steps("", draw, 100.0, weight_decay=draw.random.uniform(0.05, 0.5))
 
 
@@ -665,14 +679,14 @@ def test_adamw_step_derivative_is_finite(seed):
         x[2] = 0.0
     max_norm = draw.random.uniform(0.3, 0.8) * grad.norm().item()
     def stepped(grad):
-        return amft.adamw_step(theta, grad, amft.AdamState(m, v, 3), 0.01, max_norm=max_norm)[0]
+        return amft.adamw(theta, grad, m, v, grad.norm(), 4, lr=0.01, max_norm=max_norm)[0]
     _, actual = torch.func.jvp(stepped, (grad,), (direction,))
     moved = [g + 1j * h * d for g, d in zip(grad.tolist(), direction.tolist())]
     expected = tensor([x.imag / h if isinstance(x, complex) else 0.0 for x in step_by_loop(
         theta.tolist(), moved, m.tolist(), v.tolist(), 3, 0.01, max_norm)[0]])
     if isinstance(actual, torch.Tensor) and not actual.isfinite().all():
-        fail("adamw_step's derivative where v = 0 is not finite", "derivative_not_finite")
-    agree("derivative of adamw_step's theta'", actual, expected, rtol=2e-6, axes=("entry",))
+        fail("adamw's derivative where v = 0 is not finite", "derivative_not_finite")
+    agree("derivative of adamw's theta'", actual, expected, rtol=2e-6, axes=("entry",))
 
 
 # --- 7: step_sensitivity ------------------------------------------------------------------------------------------
@@ -746,7 +760,7 @@ def test_step_sensitivity_values(seed):
     norm = ((1 - mu) * g_rl + mu * g_sft).norm().item()
     for what, max_norm in ((" of a clipped step", norm / 3), ("", norm * 3)):
         check_sensitivity(what, args, lr=0.02, max_norm=max_norm, weight_decay=0.1)
-    check_sensitivity(" with other betas and eps", args, lr=0.02, max_norm=norm / 2, betas=(0.7, 0.9), eps=0.05)
+    check_sensitivity(" with other b1, b2 and eps", args, lr=0.02, max_norm=norm / 2, b1=0.7, b2=0.9, eps=0.05)
 
 
 @exercise(7)
@@ -793,12 +807,12 @@ class Policy(torch.nn.Module):
         self.embedding = torch.nn.Parameter(draw.normal(vocabulary, width))
         self.head = torch.nn.Parameter(draw.normal(width, vocabulary))
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, logits_to_keep=0, use_cache=None,
+    def forward(self, input_ids, attention_mask=None, position_ids=None, logits_to_keep=slice(None), use_cache=None,
                 output_hidden_states=False):
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         real = real.unsqueeze(-1).to(self.embedding.dtype)
         seen = (self.embedding[input_ids] * real).cumsum(1) / real.cumsum(1).clamp(min=1)
-        return SimpleNamespace(logits=(torch.tanh(seen) @ self.head)[:, -logits_to_keep:], hidden_states=None)
+        return SimpleNamespace(logits=(torch.tanh(seen) @ self.head)[:, logits_to_keep], hidden_states=None)
 
 
 def response_logp(model, prompt, response, own, temperature):
@@ -852,7 +866,7 @@ def test_meta_gradient_values(seed):
     others = (success.sum(1, keepdim=True) - success) / (G - 1)
     slopes = ((success - others) * true).mean(1)
     size = (success * true).abs().max().item()
-    config = SimpleNamespace(temperature=tau, samples=G, prompts=P, micro_batch=256)
+    config = SimpleNamespace(temperature=tau, samples=G, prompts=P, micro_tokens=4096)
     result = parts_of("meta_gradient", call(amft.meta_gradient, model, tangent, rollouts_of(prompts, responses, mask, success),
                                             config), 2, "dU/dmu and its standard error")
     slope, error = statistics.mean(slopes.tolist()), statistics.stdev(slopes.tolist()) / math.sqrt(P)
@@ -883,7 +897,7 @@ def test_meta_gradient_in_expectation(seed):
     def p(y):
         return math.exp(response_logp(model, prompt, torch.tensor([y]), torch.ones(1), tau))
     expected = along(model, tangent, lambda: sum(p(y) for y in right))
-    config, estimate, size = SimpleNamespace(temperature=tau, samples=2, prompts=2, micro_batch=256), 0.0, 0.0
+    config, estimate, size = SimpleNamespace(temperature=tau, samples=2, prompts=2, micro_tokens=4096), 0.0, 0.0
     for y, z in itertools.product(range(V), repeat=2):  # the second prompt's samples are all alike: slope 0
         success = tensor([[y in right, z in right], [1.0, 1.0]])
         rollouts = rollouts_of(prompt.expand(4, -1), torch.tensor([[y], [z], [0], [1]]), torch.ones(4, 1).double(), success)
@@ -903,7 +917,7 @@ def test_meta_gradient_without_a_signal(seed):
     model = Policy(draw, V)
     success = tensor([[float(p % 2)] * G for p in range(P)])
     rollouts = rollouts_of(draw.ids(V, P * G, 3), draw.ids(V, P * G, T), torch.ones(P * G, T).double(), success)
-    config = SimpleNamespace(temperature=0.9, samples=G, prompts=P, micro_batch=256)
+    config = SimpleNamespace(temperature=0.9, samples=G, prompts=P, micro_tokens=4096)
     result = parts_of("meta_gradient", call(amft.meta_gradient, model, direction(draw, model), rollouts, config), 2,
                       "dU/dmu and its standard error")
     for name, value in zip(("dU/dmu", "standard error"), result):

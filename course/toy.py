@@ -1,12 +1,12 @@
 """A world small enough to enumerate: what Eqs. 4-6 do, with U exact. Seconds to a minute on one core.
 
-    python course/toy.py bias       # question 1: advantages divided by their prompt's own deviation
-    python course/toy.py shift      # question 2: adding 5 to all rewards
-    python course/toy.py adam       # question 3: the step that is taken, and the step of Eq. 5
-    python course/toy.py signal     # question 4: what one meta-gradient tells
-    python course/toy.py lam        # question 5: lambda below 1
-    python course/toy.py starts     # question 6: where mu goes, and whether it pays; a minute
-    python course/toy.py --plot     # the meta-gradient in one picture: meta-gradient.png beside this file
+    python toy.py bias       # question 1: advantages divided by their prompt's own deviation
+    python toy.py shift      # question 2: adding 5 to all rewards
+    python toy.py adam       # question 3: the step that is taken, and the step of Eq. 5
+    python toy.py signal     # question 4: what one meta-gradient tells
+    python toy.py lam        # question 5: lambda below 1
+    python toy.py starts     # question 6: where mu goes, and whether it pays; a minute
+    python toy.py --plot     # the meta-gradient in one picture: meta-gradient.png beside this file
 
 --student ID draws a world of one's own, --short makes less of it. The algorithm is amft.py's own: Batch, Rollouts,
 adamw_step, step_sensitivity, meta_gradient, update_mu and so on; what is enumerated here shares nothing with it.
@@ -25,7 +25,7 @@ import torch
 from torch.nn.utils import vector_to_parameters
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE if (HERE / "amft.py").exists() else HERE.parent))
 import amft  # noqa: E402
 
 X, V, T, D = 4, 5, 2, 8
@@ -45,10 +45,10 @@ class Policy(torch.nn.Module):
     def get_input_embeddings(self):
         return SimpleNamespace(weight=self.table[0])
 
-    def forward(self, input_ids, logits_to_keep=0, **_):
+    def forward(self, input_ids, logits_to_keep=slice(None), **_):
         words = self.table[torch.arange(input_ids.shape[1]), input_ids]  # (B, S, D)
         states = words.cumsum(1).tanh()
-        return SimpleNamespace(logits=(states @ self.head)[:, -logits_to_keep:], hidden_states=(words, states))
+        return SimpleNamespace(logits=(states @ self.head)[:, logits_to_keep], hidden_states=(words, states))
 
 
 class World:
@@ -131,7 +131,7 @@ class World:
         theta, state = self.start, fresh(self.start)
         for _ in range(n):
             g_rl, g_sft, *_ = self.gradients(theta, settings())
-            theta, state = amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, lr)
+            theta, state = amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, lr=lr)
         return theta, state
 
     def look_ahead(self, steps=10, mu=0.5, lr=0.05):
@@ -139,7 +139,7 @@ class World:
         theta, state = self.mixed_steps(steps)
         g_rl, g_sft, *_ = self.gradients(theta, settings())
         tangent = amft.step_sensitivity(theta, g_rl, g_sft, mu, state, lr=lr)[0]
-        return amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, lr)[0], tangent
+        return amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, lr=lr)[0], tangent
 
 
 def fresh(theta):
@@ -236,9 +236,9 @@ def adam(world, short=False):
                       f"|d theta'/d mu| {tangent.norm():.1e}")
             if history == "noise":  # each entry's gradient of one size, as if all parameters mattered alike
                 g = torch.randn(len(theta), generator=world.generator)
-                state = amft.adamw_step(theta, g, state, 0.02, max_norm=1e9)[1]
+                state = amft.adamw_step(theta, g, state, lr=0.02, max_norm=1e9)[1]
             else:
-                theta, state = amft.adamw_step(theta, (g_rl + g_sft) / 2, state, 0.02, max_norm=1e9)
+                theta, state = amft.adamw_step(theta, (g_rl + g_sft) / 2, state, lr=0.02, max_norm=1e9)
     return out
 
 
@@ -303,7 +303,7 @@ def learn(world, seed, mu, controller, steps, lr=0.02):
             mu, evidence, _ = amft.update_mu(mu, seen.entropy, seen.entropy, estimates, evidence, config)
         path.append(mu)
         tangents = amft.step_sensitivity(theta, g_rl, g_sft, mu, state, tangents, config.trace, lr=lr)
-        theta, state = amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, lr)
+        theta, state = amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, lr=lr)
     return world.utility(theta).item(), path
 
 
@@ -342,7 +342,7 @@ def curve(world, lr=1.0, steps=10):
     g_rl, g_sft, *_ = world.gradients(theta, settings(), P=64)
 
     def step(mu):
-        return amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, lr)[0]
+        return amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, lr=lr)[0]
 
     def tangent(mu):
         return amft.step_sensitivity(theta, g_rl, g_sft, mu, state, lr=lr)[0]

@@ -81,7 +81,7 @@ def steps(config_of, amft):
     theta = torch.randn(40, generator=g)
     state, out = amft.AdamState(torch.zeros(40), torch.zeros(40), 0), []
     for size in (0.01, 3.0, 0.05, 20.0):
-        theta, state = amft.adamw_step(theta, size * torch.randn(40, generator=g), state, 0.1, **config_of)
+        theta, state = amft.adamw_step(theta, size * torch.randn(40, generator=g), state, lr=0.1, **config_of)
         out.append((theta, state))
     return out
 
@@ -179,7 +179,7 @@ def loss_gradient(amft, tasks):
     used = batch.mask * torch.randn(batch.mask.shape, generator=g)
     used[3] = 0.0
     return [amft.loss_gradient(made.model, batch, used, lambda logps, rows: (logps * used[rows]).sum(),
-                               amft.Config(device="cpu", micro_batch=n)) for n in (256, 5)]
+                               amft.Config(device="cpu", micro_tokens=n)) for n in (4096, 25)]
 
 
 def rl_gradient(amft, tasks):
@@ -187,13 +187,13 @@ def rl_gradient(amft, tasks):
     values = torch.randn(batch.mask.shape, generator=g) * batch.mask
     values[2] = 0.0
     old = -torch.rand(batch.mask.shape, generator=g)
-    return [amft.rl_gradient(made.model, batch, amft.Advantages(values, 0.5), amft.Config(device="cpu", micro_batch=n), x)
-            for n in (256, 5) for x in (None, old)]
+    return [amft.rl_gradient(made.model, batch, amft.Advantages(values, 0.5), amft.Config(device="cpu", micro_tokens=n), x)
+            for n in (4096, 25) for x in (None, old)]
 
 
 def sft_gradient(amft, tasks):
     made, batch, *_ = world()
-    return [amft.sft_gradient(made.model, batch, amft.Config(device="cpu", micro_batch=n)) for n in (256, 5)]
+    return [amft.sft_gradient(made.model, batch, amft.Config(device="cpu", micro_tokens=n)) for n in (4096, 25)]
 
 
 def adamw_step(amft, tasks):
@@ -277,7 +277,7 @@ def encode_demos(amft, tasks):
 
 def generation(amft, tasks):
     model, tokenizer = base(amft, tasks)
-    return [sorted((k, str(v)) for k, v in tasks.generation(tokenizer, 9, t).to_dict().items()) for t in (0, 0.7)]
+    return [sorted((k, str(v)) for k, v in tasks.generation(model, tokenizer, 9, t).to_dict().items()) for t in (0, 0.7)]
 
 
 def dealt(amft, tasks):
@@ -319,7 +319,7 @@ def log(amft, flags):
 def of(rule):
     """The probe of a rule: the one that it names, or its function's."""
     name = rule.probe or rule.where.split(":")[1].split(".")[-1]
-    name = {"chain": "parse", "__call__": "rollout", "say": "rollout", "log_step": "run"}.get(name, name)
+    name = {"chain": "parse", "adamw": "adamw_step", "__call__": "rollout", "say": "rollout", "log_step": "run"}.get(name, name)
     return globals()[name]
 
 
