@@ -38,8 +38,8 @@ import torch
 from tqdm import tqdm
 
 from tasks import (
-    TASKS, Batch, TokenLogps, curves, device_of, encode_demos, flatten, generation, load_policy, outputs,
-    read, room_of, say, show, sliced, table, vector_to_parameters)
+    TASKS, Batch, InParts, curves, device_of, encode_demos, flatten, generation, load_policy, outputs, read,
+    room_of, say, show, sliced, table, vector_to_parameters, wide)
 
 # --- Configuration: the flags. Their comments are what --help prints ---
 
@@ -94,11 +94,11 @@ SMOKE = dict(steps=9, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, m
 
 # --- Policy: the log-probabilities of token ids ---
 
-def token_logps(logits, ids):  # log softmax(logits)[ids]: (B, T, V), (B, T) -> (B, T), float32 at least
-    return TokenLogps.apply(logits, ids)  # in little memory
+def token_logps(logits, ids):  # (B, T, V), (B, T) -> log-probability of each id (B, T), float32 at least
+    return wide(logits).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 def logps_of(model, batch, temperature=1.0):  # (B, T)
-    return token_logps(outputs(model, batch, temperature)[0], batch.responses)
+    return InParts.apply(token_logps, outputs(model, batch, temperature)[0], batch.responses)
 
 # --- Rollouts: conversations of the policy with the task ---
 

@@ -747,35 +747,31 @@ def vector_to_parameters(theta, parameters):
         weight.data = part.view_as(weight).to(weight.dtype)
 
 
-def log_softmax_at(logits, ids):
-    """logits (b, T, V), ids (b, T) -> log_softmax at the ids (b, T), in float32 or finer."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.log_softmax(-1, dtype=dtype).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-
-
-class TokenLogps(torch.autograd.Function):
-    """log_softmax_at, without what it keeps. V is large: log_softmax keeps a copy of (B, T, V), and its gradient makes two
-    more. Here the logits stay as they are and their gradient is the only copy: both go a few rows at a time."""
+class InParts(torch.autograd.Function):
+    """function(logits (B, T, V), ids (B, T)) -> (B, T), without what it keeps. V is large: log_softmax keeps a copy of
+    (B, T, V), and its gradient makes two more. Here the logits stay as they are and their gradient is the only copy: both
+    go a few rows at a time."""
     at_once = 2 ** 24  # logits
 
     @staticmethod
     def few(*tensors):
-        return zip(*(x.split(max(1, TokenLogps.at_once // tensors[0][0].numel())) for x in tensors))
+        return zip(*(x.split(max(1, InParts.at_once // tensors[0][0].numel())) for x in tensors))
 
     @staticmethod
-    def forward(ctx, logits, ids):
+    def forward(ctx, function, logits, ids):
+        ctx.function = function
         ctx.save_for_backward(logits, ids)
-        return torch.cat([log_softmax_at(x, i) for x, i in TokenLogps.few(logits, ids)])
+        return torch.cat([function(x, i) for x, i in InParts.few(logits, ids)])
 
     @staticmethod
     def backward(ctx, grad):
         logits, ids = ctx.saved_tensors
         slope = torch.empty_like(logits)
         with torch.enable_grad():
-            for out, x, i, g in TokenLogps.few(slope, logits, ids, grad):
+            for out, x, i, g in InParts.few(slope, logits, ids, grad):
                 x = x.detach().requires_grad_()
-                out.copy_(torch.autograd.grad(log_softmax_at(x, i), x, g)[0])
-        return slope, None
+                out.copy_(torch.autograd.grad(ctx.function(x, i), x, g)[0])
+        return None, slope, None
 
 
 class Watcher(LogitsProcessor):
@@ -889,6 +885,10 @@ def prepare(model, tokenizer, config):
         model.register_forward_pre_hook(where_it_learns)
 
 
+def nll(logits, batch):  # (B, T, V) -> (B, T)
+    return torch.nn.functional.cross_entropy(wide(logits).transpose(1, 2), batch.responses, reduction="none") * batch.mask
+
+
 def rehearse(model, tokenizer, episode, learns):
     """Read, speak and learn once, on a demonstration: what a checkpoint cannot do fails here and now, not in step 10.
 
@@ -903,14 +903,14 @@ def rehearse(model, tokenizer, episode, learns):
         cache.batch_repeat_interleave(2)
         ids, attention = ids.repeat(2, 1), attention.repeat(2, 1)
         later = model(**inputs(ids, attention, 2 * [pixels[pictures:]], known + 1), past_key_values=cache).logits[:1, :-1]
-        gap = [TokenLogps.apply(logits, batch.responses) * batch.mask for logits in (plain, later)]
+        gap = [-nll(logits, batch) for logits in (plain, later)]
         limit = 0.5 if plain.dtype == torch.bfloat16 else 0.1  # rounding is far below it, another policy far above
         if not (gap := (gap[0] - gap[1]).abs().sum() / batch.mask.sum()) < limit:
             raise ValueError(f"padding and a cache change its log-probabilities, by {gap:.2f} a token")
         done = torch.zeros(2, dtype=torch.bool, device=model.device)
         say(model, tokenizer, ids, attention, cache, done, generation(model, tokenizer, 2, 0))
     if learns:
-        loss = (TokenLogps.apply(outputs(model, batch)[0], batch.responses) * batch.mask).sum()
+        loss = nll(outputs(model, batch)[0], batch).sum()
         for grad in torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True):
             if not grad.isfinite().all():
                 raise ValueError("its gradient is not finite")

@@ -345,12 +345,12 @@ def test_what_cannot_be_a_policy_is_refused_in_one_line(checkpoint, tmp_path, ca
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_log_probabilities_keep_one_copy_of_the_logits(dtype, at_once, monkeypatch):
     """Value and gradient against log_softmax in float64 of the same logits, whatever their dtype."""
-    monkeypatch.setattr(tasks.TokenLogps, "at_once", at_once)
+    monkeypatch.setattr(tasks.InParts, "at_once", at_once)
     B, T, V = 5, 3, 11
     logits = (4 * torch.randn(B, T, V)).to(dtype).requires_grad_()
     ids, g, kept = torch.randint(V, (B, T)), torch.randn(B, T), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        logps = amft.token_logps(logits, ids)
+        logps = tasks.InParts.apply(amft.token_logps, logits, ids)
     exact = logits.detach().double().requires_grad_()
     expected = exact.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     assert logps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
