@@ -84,10 +84,10 @@ class Config:
     eval_n: int = flag(400, 1)  # episodes of a split, at most
     val_every: int = flag(0, 0)  # steps between evaluations on val; 0: none
     seed: int = flag(0, 0, 2 ** 62)  # same seed, same CPU: same log
-    device: str = flag("auto")  # auto: the first of cuda, mps, cpu that is there
+    device: str = flag("auto")  # auto: the first here of cuda, mps, cpu
     micro_tokens: int = flag(4096, 1)  # tokens in a pass, a sequence at least: memory only
     gradient_checkpointing: int = flag(0, 0, 1)  # less memory, more time
-    bf16: int = flag(0, 0, 1)  # the policy in bfloat16; theta and its sums stay in float32
+    bf16: int = flag(0, 0, 1)  # the policy in bfloat16; theta and its sums in float32
 
 EVALUATES = "task model data data_test eval_n temperature max_new_tokens device bf16 smoke eval_only".split()
 SMOKE = dict(steps=9, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, meta_every=2, eval_n=40)
@@ -286,7 +286,8 @@ def step_sensitivity(theta, g_rl, g_sft, mu, state, last=None, trace=0.0, **how)
     `last`, the step before's, enters at the share trace: mu was larger at past steps, by trace^i at the i-th
     last, and momentum has still to pay (Xu et al. 2018; as there, without the gradients' Hessian)."""
     g = (1 - mu) * g_rl + mu * g_sft
-    norm, d_norm = g.norm(), (g @ g_sft - g @ g_rl) / (g.norm() + 1e-30)
+    norm = g.norm()
+    d_norm = (g @ g_sft - g @ g_rl) / (norm + 1e-30)
     del g  # memory
     def slopes(theta, m, v, g_rl, g_sft, d_theta, d_m, d_v):  # forward mode
         values = theta, (1 - mu) * g_rl + mu * g_sft, m, v, norm
@@ -296,13 +297,13 @@ def step_sensitivity(theta, g_rl, g_sft, mu, state, last=None, trace=0.0, **how)
 
 # --- The meta-gradient (Eqs. 4-5) and the controller (Eq. 6) ---
 
-def meta_gradient(model, tangent, rollouts, config):
+def meta_gradient(model, tangent, rollouts, config, given=None):
     """dU/dmu = <grad U(theta'), d theta'/d mu> and its standard error, from fresh samples of theta'.
 
     tangent: d theta'/d mu (N,). grad U is the score-function gradient, its baseline a prompt's other samples;
-    one backward pass a prompt, since prompts are the independent units of the error."""
+    given: other (advantages (P, G), scale). One backward pass a prompt: prompts are the error's units."""
     P, G = rollouts.success.shape
-    advantages, scale = group_advantages(rollouts.success)
+    advantages, scale = given or group_advantages(rollouts.success)
     slopes = torch.zeros(P, dtype=tangent.dtype, device=tangent.device)
     for p in advantages.any(1).nonzero().squeeze(1).tolist():  # elsewhere the slope is exactly 0
         part = rollouts.batch.rows(slice(p * G, (p + 1) * G))
@@ -386,13 +387,14 @@ class SFTThenRL(Method):
 
 class AMFT(Method):
     """Eqs. 4-6. Its state: mu, H*, the evidence on dU/dmu, and d (theta, m, v)/d mu."""
-    unused, on, memory = [], "val", 0.98  # whose prompts are U's; what the evidence keeps
+    unused, on = [], "val"  # U's prompts
     def __init__(self, config):
         super().__init__(config)
         self.now, self.target_entropy, self.evidence, self.tangents = config.mu, None, (0.0, 0.0), None
-
+    def given(self, s, seen):  # for meta_gradient
+        return None
     def estimates(self, s):
-        """What this step shows of dU/dmu: [(estimate, standard error)]."""
+        """[(dU/dmu, its standard error)] that this step shows."""
         c, shown = self.config, []
         if self.tangents and c.utility != "val":
             shown = [own_meta_gradient(s.g_rl, self.tangents[0], s.rollouts.batch, s.advantages.scale)]
@@ -401,7 +403,7 @@ class AMFT(Method):
             episodes = [s.task.sample(self.on, s.rng) for _ in range(c.prompts)]
             seen = rollout(s.model, s.tokenizer, episodes, c.samples, c.max_new_tokens, c.temperature)
             s.sampled += len(seen.episodes)
-            shown.append(meta_gradient(s.model, self.tangents[0], seen, c))
+            shown.append(meta_gradient(s.model, self.tangents[0], seen, c, self.given(s, seen)))
             s.row.update(zip(("meta_grad", "meta_se"), shown[-1]))
         return shown
 
@@ -411,16 +413,14 @@ class AMFT(Method):
         if self.target_entropy is None:
             self.target_entropy = s.rollouts.entropy  # H*: of the first samples after the warm-up
         self.now, self.evidence, forces = update_mu(
-            self.now, s.rollouts.entropy, self.target_entropy, self.estimates(s), self.evidence, self.config,
-            self.memory)
+            self.now, s.rollouts.entropy, self.target_entropy, self.estimates(s), self.evidence, self.config)
         s.row.update(zip(("meta_force", "entropy_force"), forces), target_entropy=self.target_entropy)
         return self.now
 
     def moved(self, s):
         if s.rollouts and self.config.eta_mu:
-            fade = 1.0 if s.update else self.config.trace  # all updates of one step belong to its one mu
-            self.tangents = step_sensitivity(
-                s.theta, s.g_rl, s.g_sft, s.mu, s.adam, self.tangents, fade, lr=s.lr)
+            lam = 1.0 if s.update else self.config.trace  # all updates of one step belong to its one mu
+            self.tangents = step_sensitivity(s.theta, s.g_rl, s.g_sft, s.mu, s.adam, self.tangents, lam, lr=s.lr)
 
 METHODS = {"amft": AMFT, "fixed": Method, "sft": SFT, "rl": RL, "sft-rl": SFTThenRL}
 

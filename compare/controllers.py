@@ -25,57 +25,42 @@ def pass_advantages(success, k):
                 table[c, r] = k * ((1.0 if r else rho(n - 1, c, k - 1)) - rho(n - 1, c - r, k))
     return success.new_tensor([[table[sum(row), r] for r in row] for row in success.int().tolist()])
 
-def pass_gradient(model, tangent, rollouts, config, k):
-    """(d pass@k / dmu, standard error) from the samples of theta': amft.meta_gradient with other advantages."""
-    P, G = rollouts.success.shape
-    advantages, slopes = pass_advantages(rollouts.success, k), torch.zeros(P)
-    for p in advantages.any(1).nonzero().squeeze(1).tolist():
-        part = rollouts.batch.rows(slice(p * G, (p + 1) * G))
-        logps = (amft.logps_of(model, part, config.temperature) * part.mask).sum(1)
-        slopes[p] = (amft.gradient(model, (advantages[p] * logps).mean()) @ tangent).item()
-    return slopes.mean().item(), slopes.std().item() / math.sqrt(P)
-
 class Recent(amft.AMFT):
-    """Evidence of the last ten looks or so, 50 steps, in place of 50 looks, 250 steps."""
-    memory = 0.9
+    """Evidence of the last ten looks or so, 50 steps, in place of 50 looks, 250 steps: it fades by 0.9, not by 0.98."""
+    def estimates(self, s):
+        shown, more = super().estimates(s), 0.9 / 0.98
+        if any(error > 0 for _, error in shown):  # else update_mu leaves it as it is
+            self.evidence = more * self.evidence[0], more ** 2 * self.evidence[1]
+        return shown
 
 class Rule(amft.AMFT):
     """U is success under the other rule, on the controller's deals."""
     on = "val_rule"
 
-class Pass(amft.AMFT):
-    """U is pass@k on the step's own prompts; k falls from G - 1 to 1 at the run's end. It needs no more samples.
+class PassVal(amft.AMFT):
+    """U is pass@k on validation prompts; k falls from G - 1 to 1 at the run's end.
 
     Coverage is what imitation brings first; it becomes success only when exploration has time left to sharpen it."""
+    def k(self, s):
+        return max(1, math.ceil((self.config.samples - 1) * (1 - s.t / self.config.steps)))
+    def given(self, s, seen):
+        s.row["k"] = self.k(s)
+        return pass_advantages(seen.success, s.row["k"]), 1.0
+
+class Pass(PassVal):
+    """The same on the step's own prompts, which needs no more samples."""
     defaults = dict(utility="train")
     def estimates(self, s):
         if not self.tangents:
             return []
-        k = self.k(s)
-        s.row["k"] = k
-        shown = pass_gradient(s.model, self.tangents[0], s.rollouts, self.config, k)
+        shown = amft.meta_gradient(s.model, self.tangents[0], s.rollouts, self.config, self.given(s, s.rollouts))
         s.row.update(zip(("meta_grad", "meta_se"), shown))
         return [shown]
-    def k(self, s):
-        return max(1, math.ceil((self.config.samples - 1) * (1 - s.t / self.config.steps)))
 
 class PassThroughout(Pass):
     """The same with k = 4 from first to last."""
     def k(self, s):
         return min(4, self.config.samples - 1)
-
-class PassVal(amft.AMFT):
-    """U is pass@k on validation prompts, k as in Pass."""
-    def estimates(self, s):
-        c = self.config
-        if not self.tangents or (s.t - c.warmup) % c.meta_every:
-            return []
-        episodes = [s.task.sample(self.on, s.rng) for _ in range(c.prompts)]
-        seen = amft.rollout(s.model, s.tokenizer, episodes, c.samples, c.max_new_tokens, c.temperature)
-        s.sampled, k = s.sampled + len(seen.episodes), Pass.k(self, s)
-        shown = pass_gradient(s.model, self.tangents[0], seen, c, k)
-        s.row.update(zip(("meta_grad", "meta_se"), shown), k=k)
-        return [shown]
 
 class AutoWarmup(amft.AMFT):
     """Warm-up by imitation until the loss on demonstrations of unseen deals has stopped falling (no new low in
@@ -94,5 +79,5 @@ class AutoWarmup(amft.AMFT):
             self.low, self.waited = min(loss, self.low), 0 if loss < self.low else self.waited + 1
             self.over = self.waited >= self.patience
 
-CONTROLLERS = {"amft-recent": Recent, "amft-rule": Rule, "amft-pass": Pass, "amft-pass4": PassThroughout, "amft-pass-val": PassVal,
-               "amft-auto": AutoWarmup}
+CONTROLLERS = {"amft-recent": Recent, "amft-rule": Rule, "amft-pass": Pass, "amft-pass4": PassThroughout,
+               "amft-pass-val": PassVal, "amft-auto": AutoWarmup}

@@ -16,10 +16,10 @@ STUDY.json is a spec (a recorded table, whose first line is one, does as well):
 
 @NAME stands for the flags of another run; a later flag overrides an earlier one. A list is searched first: each of its
 entries runs with the search's seed and flags, and the one that is best at the end, on val or on the mean of the search's
-"splits", the first of equals, runs with every seed. amft.py refuses a flag that a method does not use, so "common" holds what all use. A name has no spaces; its
-part before a slash is its group, with tables of its own: gp/rl, virl/rl. For tables.py: "reference" (the run that others
-are compared with; amft), "pooled" ({"ood": ["ood_rule", "ood_small"]}: means of splits), "reach" ([0.5]: rates on val to
-be reached).
+"splits", the first of equals, runs with every seed. amft.py refuses a flag that a method does not use, so "common" holds
+what all use. A name has no spaces; its part before a slash is its group, with tables of its own: gp/rl, virl/rl. For
+tables.py: "reference" (the run that others are compared with; amft), "pooled" ({"ood": ["ood_rule", "ood_small"]}: means
+of splits), "reach" ([0.5]: rates on val to be reached).
 
 Each run is `python compare/rivals.py` with the common flags, its own, --seed and --out, in a process and with a thread
 of its own; what it prints goes to NAME-SEED.txt beside its folder. Finished runs are skipped, a run that was cut off
