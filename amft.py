@@ -387,12 +387,11 @@ class SFTThenRL(Method):
 
 class AMFT(Method):
     """Eqs. 4-6. Its state: mu, H*, the evidence on dU/dmu, and d (theta, m, v)/d mu."""
-    unused, on = [], "val"  # U's prompts
+    unused, on, given = [], "val", lambda self, s, seen: None  # U's prompts, other advantages
     def __init__(self, config):
         super().__init__(config)
         self.now, self.target_entropy, self.evidence, self.tangents = config.mu, None, (0.0, 0.0), None
-    def given(self, s, seen):  # for meta_gradient
-        return None
+
     def estimates(self, s):
         """[(dU/dmu, its standard error)] that this step shows."""
         c, shown = self.config, []
@@ -420,7 +419,8 @@ class AMFT(Method):
     def moved(self, s):
         if s.rollouts and self.config.eta_mu:
             lam = 1.0 if s.update else self.config.trace  # all updates of one step belong to its one mu
-            self.tangents = step_sensitivity(s.theta, s.g_rl, s.g_sft, s.mu, s.adam, self.tangents, lam, lr=s.lr)
+            self.tangents = step_sensitivity(
+                s.theta, s.g_rl, s.g_sft, s.mu, s.adam, self.tangents, lam, lr=s.lr)
 
 METHODS = {"amft": AMFT, "fixed": Method, "sft": SFT, "rl": RL, "sft-rl": SFTThenRL}
 
