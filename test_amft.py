@@ -1354,7 +1354,7 @@ def test_checkpoints_that_are_none(tiny, tmp_path, capsys, untrained):
     """Also one that lacks a tensor, or has a NaN: it must not be filled at random and evaluated."""
     from safetensors.torch import load_file, save_file
     (tmp_path / "empty").mkdir()
-    for name in ("corrupt", "lacking", "nan", "other"):
+    for name in ("corrupt", "lacking", "nan", "rare", "other"):
         shutil.copytree(tiny, tmp_path / name)
     (tmp_path / "corrupt" / "model.safetensors").write_bytes(b"x" * 100)
     tensors, key = load_file(Path(tiny) / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
@@ -1363,13 +1363,16 @@ def test_checkpoints_that_are_none(tiny, tmp_path, capsys, untrained):
     broken = tensors[key].clone()
     broken[0, 0] = math.nan
     save_file({**tensors, key: broken}, tmp_path / "nan" / "model.safetensors", **meta)
+    rare = tensors["model.embed_tokens.weight"].clone()
+    rare[AutoTokenizer.from_pretrained(tiny).convert_tokens_to_ids("apples")] = math.nan  # no card is called so
+    save_file({**tensors, "model.embed_tokens.weight": rare}, tmp_path / "rare" / "model.safetensors", **meta)
     save_file({**tensors, key: tensors[key][:, :3].contiguous()}, tmp_path / "other" / "model.safetensors", **meta)
     foreign = tmp_path / "foreign"
     LlamaForCausalLM.from_pretrained(tiny).save_pretrained(foreign)
     make = importlib.import_module("make")
     make.PreTrainedTokenizerFast(tokenizer_object=make.Tokenizer(make.models.WordLevel(
         {"<unk>": 0, "Make": 1}, unk_token="<unk>")), unk_token="<unk>", eos_token="<unk>").save_pretrained(foreign)
-    for name in ("empty", "corrupt", "lacking", "nan", "other", "none/such"):
+    for name in ("empty", "corrupt", "lacking", "nan", "rare", "other", "none/such"):
         for argv in (["--out", tmp_path / "unused"], ["--eval-only"]):
             assert "not a checkpoint" in fails(["--model", tmp_path / name, *argv], capsys)
     assert "tokenizer cannot encode" in fails(["--model", foreign, "--out", tmp_path / "unused"], capsys)

@@ -115,8 +115,11 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--keep", action="store_true", help="keep states and policies of finished runs")
     args = parser.parse_args()
-    text = args.spec.read_text()
-    spec = json.loads(text.split("\n")[0] if args.spec.suffix == ".jsonl" else text)
+    try:
+        text = args.spec.read_text()
+        spec = json.loads(text.split("\n")[0] if args.spec.suffix == ".jsonl" else text)
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.spec}: is not a spec ({error})")
     folder = ROOT / "runs" / args.spec.stem
     folder.mkdir(parents=True, exist_ok=True)
     before = json.loads((folder / "spec.json").read_text()) if (folder / "spec.json").exists() else {}

@@ -170,7 +170,7 @@ def first_step(method, tiny, out, *flags):
     group_ = () if "advantage" in rivals.METHODS[method].unused else ("--advantage", "group")
     prompts = () if "prompts" in rivals.METHODS[method].unused else ("--prompts", "6")
     batch = () if "sft_batch" in rivals.METHODS[method].unused else ("--sft-batch", "9")
-    config = run(tiny, out, "--method", method, "--steps", "3" if method == "sft" else "1", "--micro-tokens", "300",
+    config = run(tiny, out, "--method", method, "--steps", "3" if method == "sft" else "1", "--micro-tokens", "150",
                  *warm, *group_, *prompts, *batch, *flags)[0]
     return amft.load_policy(amft.Config(device="cpu", model=tiny), tasks.GeneralPoints())[0], config
 
