@@ -15,14 +15,13 @@ Differs from the paper:
     Eq. 6 moves mu by dU/dmu's sign, as far as it is sure (--controller paper: to the letter)
     U can also be of the step's own prompts, for a dot product (--utility val: Eq. 4)
     the entropy's sign is Eq. 6's; the paper's text has the other one (--eta-h below 0)
-    both losses are divided by their batch's response tokens; the paper states no normalisation
+    both losses are divided by their batch's response tokens; the paper states none
     General Points' defaults: no warm-up, --advantage group, --imitation rectified (the paper: W, gae, nll)
 
     python amft.py --task gp                    # Algorithm 1 on General Points, minutes on a CPU
     python amft.py --task gp --smoke            # the same path in under a minute
     python amft.py --task gp --method sft-rl    # or sft, rl, fixed; other rivals have their own file
     python amft.py --resume runs/gp             # go on with a run that was cut off
-    python amft.py --task gp --eval-only --model runs/gp/final
 
 Shapes: P prompts, G samples of each, B = P * G conversations, S tokens of the whole, T after the prompt,
 V vocabulary, D width, N parameters. theta, gradients and Adam's moments are flat (N,).
@@ -177,12 +176,11 @@ def group_advantages(rewards):
     return (centred / scale, scale) if scale > 1e-6 else (torch.zeros_like(centred), 1.0)
 
 def gae(rewards, values, mask, gamma=1.0, lam=1.0):
-    """Generalised advantage estimation, (B, T) each -> (advantages, returns), 0 off the mask.
-
-    The value after the last token is 0: a conversation is an episode, also when it was cut off."""
+    """Generalised advantage estimation, (B, T) each -> (advantages, returns), 0 off the mask."""
     # Below lam = 1 phi's error biases the RL gradient, and the step's own meta-gradient with it.
     advantages = torch.zeros_like(values)
-    running = following = torch.zeros_like(values[:, 0])
+    # The value after the last token is 0: a conversation is an episode, also when it was cut off.
+    running = following = torch.zeros_like(values[:, 0])  # (B,)
     for t in reversed(range(values.shape[1])):
         own = mask[:, t] > 0  # what the task says is stepped over
         delta = rewards[:, t] + gamma * following - values[:, t]
@@ -208,12 +206,12 @@ def advantages_of(model, phi, rollouts, config):
     last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask  # the conversation's last token
     rewards = rollouts.graded if config.reward == "graded" else rollouts.success.reshape(-1, 1) * last
     if phi is None:
-        values, scale = group_advantages(rewards.sum(1).view_as(rollouts.success))
+        values, scale = group_advantages(rewards.sum(1).view_as(rollouts.success))  # (P, G)
         return Advantages(values.reshape(-1, 1) * mask, scale)
     with torch.no_grad():  # phi learns beside theta on fixed features: theta moves by Eq. 3 alone
         states = torch.cat([outputs(model, batch.rows(rows), hidden=True)[1]
-                            for rows in micro(batch, mask, config)])
-    baseline = phi(states).squeeze(-1) * mask
+                            for rows in micro(batch, mask, config)])  # (B, T, D)
+    baseline = phi(states).squeeze(-1) * mask  # (B, T)
     values, returns = gae(rewards, baseline.detach(), mask)
     phi.optimizer.zero_grad()
     (0.5 * ((baseline - returns) ** 2).sum() / mask.sum()).backward()
@@ -281,13 +279,12 @@ def adamw_step(theta, grad, state, **how):
     return theta, AdamState(m, v, state.step + 1)
 
 def step_sensitivity(theta, g_rl, g_sft, mu, state, last=None, trace=0.0, **how):
-    """d (theta', m', v')/d mu, each (N,), of the step that is taken: exact through clipping, moments, eps.
-
-    `last`, the step before's, enters at the share trace: mu was larger at past steps, by trace^i at the i-th
-    last, and momentum has still to pay (Xu et al. 2018; as there, without the gradients' Hessian)."""
-    g = (1 - mu) * g_rl + mu * g_sft
+    """d (theta', m', v')/d mu, each (N,), of the step that is taken: exact through clipping, moments, eps."""
+    # `last`, the step before's, enters at the share trace: mu was larger at past steps, by trace^i at the
+    # i-th last, and momentum has still to pay (Xu et al. 2018; as there, without the gradients' Hessian).
+    g = (1 - mu) * g_rl + mu * g_sft  # Eq. 3
     norm = g.norm()
-    d_norm = (g @ g_sft - g @ g_rl) / (norm + 1e-30)
+    d_norm = (g @ g_sft - g @ g_rl) / (norm + 1e-30)  # d |g|/d mu
     del g  # memory
     def slopes(theta, m, v, g_rl, g_sft, d_theta, d_m, d_v):  # forward mode
         values = theta, (1 - mu) * g_rl + mu * g_sft, m, v, norm
@@ -300,11 +297,12 @@ def step_sensitivity(theta, g_rl, g_sft, mu, state, last=None, trace=0.0, **how)
 def meta_gradient(model, tangent, rollouts, config, given=None):
     """dU/dmu = <grad U(theta'), d theta'/d mu> and its standard error, from fresh samples of theta'.
 
-    tangent: d theta'/d mu (N,). grad U is the score-function gradient, its baseline a prompt's other samples;
-    given: other (advantages (P, G), scale). One backward pass a prompt: prompts are the error's units."""
+    tangent: d theta'/d mu (N,); given: other (advantages (P, G), scale)."""
     P, G = rollouts.success.shape
+    # grad U is the score-function gradient, its baseline a prompt's other samples.
     advantages, scale = given or group_advantages(rollouts.success)
     slopes = torch.zeros(P, dtype=tangent.dtype, device=tangent.device)
+    # One backward pass a prompt: prompts are the error's units.
     for p in advantages.any(1).nonzero().squeeze(1).tolist():  # elsewhere the slope is exactly 0
         part = rollouts.batch.rows(slice(p * G, (p + 1) * G))
         def surrogate(logps, rows):
@@ -314,10 +312,9 @@ def meta_gradient(model, tangent, rollouts, config, given=None):
     return slopes.mean().item(), slopes.std().item() / math.sqrt(P)
 
 def own_meta_gradient(g_rl, tangent, batch, scale):
-    """dU/dmu on a step's own prompts, -<grad L_RL, d theta/d mu> in units of reward; its size as error.
-
-    Differs: not in the paper. theta' sampled these, on prompts drawn after its step. One number has no
-    spread; its size is not too small an error on average: E[x^2] >= Var[x]."""
+    """dU/dmu on a step's own prompts, -<grad L_RL, d theta/d mu> in units of reward; its size as error."""
+    # Differs: theta' sampled these, on prompts drawn after its step. One number has no
+    # spread; its size is not too small an error on average: E[x^2] >= Var[x].
     slope = -(g_rl @ tangent * batch.mask.sum() / len(batch.ids)).item() * scale
     return slope, abs(slope)
 
@@ -517,13 +514,14 @@ class Run:
             raise ValueError(f"{self.log}: is not the log of a run ({error})")
 
     def save(self, t, theta, adam, phi, method):
-        """All that the next step needs. Atomic: a run killed in here still has its last state."""
+        """All that the next step needs."""
         self.seconds, self.clock = self.seconds + time.time() - self.clock, time.time()
         buffer = io.BytesIO()  # so that a full disk is an OSError
         torch.save(dict(
             t=t, theta=theta, adam=tuple(adam), phi=phi and (phi.state_dict(), phi.optimizer.state_dict()),
             method={**vars(method), "config": None}, log=self.log.stat().st_size, rollouts=self.rollouts,
             seconds=self.seconds), buffer)
+        # Atomic: a run killed in here still has its last state.
         (self.folder / "state.tmp").write_bytes(buffer.getbuffer())
         os.replace(self.folder / "state.tmp", self.state)
 

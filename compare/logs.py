@@ -1,11 +1,13 @@
 """Logs: the rows of a run, and a study of many runs in one table.
 
-    python compare/logs.py pack runs/STUDY       # its finished runs into compare/recorded/STUDY.jsonl
+    python compare/logs.py pack runs/STUDY                       # its finished runs into compare/recorded/STUDY.jsonl
+    python compare/logs.py unpack compare/recorded/STUDY.jsonl   # and back, where matrix.py goes on with what is missing
 
 A run is a folder with metrics.jsonl, as amft.py writes it. A study is a folder of runs named NAME-SEED, with spec.json
 (see matrix.py) beside them; a NAME may have a part before a slash, its group: search/amft.0, gp/rl. A table has one
 JSON object a line: first the spec, then every row of every run, with the run's name and seed. Kept is what tables.py
-and plot.py read (KEEP); nulls are left out, and floats have six digits.
+and plot.py read (KEEP); nulls are left out, and floats have six digits. A spec with "every": N keeps each Nth step, and
+those with a meta-gradient.
 """
 
 import argparse
@@ -47,14 +49,32 @@ def collect(folder):
     """The rows of a study's table, from its folder."""
     folder = Path(folder)
     table = [{"kind": "spec"} | json.loads((folder / "spec.json").read_text())]
+    every = table[0].get("every", 1)
     for log in sorted(folder.rglob("metrics.jsonl")):
         rows, (run, seed) = read(log.parent), str(log.parent.relative_to(folder)).rsplit("-", 1)
         for row in rows if finished(rows) else ():
             kept = KEEP.get(row["kind"], row)
-            if not (run.startswith("search/") and row["kind"] == "step"):  # a trial is judged by its evaluation alone
-                table.append({"run": run, "seed": int(seed), "kind": row["kind"]}
-                             | {key: slim(row[key]) for key in kept if row[key] is not None})
+            if row["kind"] == "step" and (run.startswith("search/")  # a trial is judged by its evaluation alone
+                                          or row["step"] % every and row["meta_grad"] is row["meta_own"] is None):
+                continue
+            table.append({"run": run, "seed": int(seed), "kind": row["kind"]}
+                         | {key: slim(row[key]) for key in kept if row[key] is not None})
     return table
+
+
+def unpack(table, folder):
+    """The folder of a study from its table, but for runs that are there already."""
+    runs = {}
+    for row in table[1:]:
+        runs.setdefault(folder / f"{row['run']}-{row['seed']}", []).append(
+            {key: value for key, value in row.items() if key not in ("run", "seed")} | (
+                {"seed": row["seed"]} if row["kind"] == "config" else {}))
+    for out, rows in runs.items():
+        if not out.exists():
+            out.mkdir(parents=True)
+            write(out / "metrics.jsonl", rows)
+    write(folder / "spec.json", [{key: value for key, value in table[0].items() if key != "kind"}])
+    return runs
 
 
 def write(path, table):
@@ -132,12 +152,16 @@ def flags_of(table, name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["pack"])
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    table = collect(folder)
-    write(RECORDED / f"{folder.resolve().name}.jsonl", table)
-    print(f"{sum(row['kind'] == 'final' for row in table)} runs in {RECORDED / folder.resolve().name}.jsonl")
+    parser.add_argument("action", choices=["pack", "unpack"])
+    parser.add_argument("path", type=Path, help="folder of the study, or its table")
+    action, path = vars(parser.parse_args()).values()
+    name = path.resolve().name.removesuffix(".jsonl")
+    packed, folder = RECORDED / f"{name}.jsonl", RECORDED.parent.parent / "runs" / name
+    if action == "pack":
+        write(packed, collect(path))
+    else:
+        unpack(recorded(name), folder)
+    print(f"{sum(row['kind'] == 'final' for row in recorded(name))} runs in {packed if action == 'pack' else folder}")
 
 
 if __name__ == "__main__":

@@ -122,8 +122,8 @@ def deeds(study):
                       mean(finals, "rollouts", ".0f"), interval(solved) if solved else "-",
                       mean([row for rows in last for row in rows if row["entropy"]], "entropy", ".3f"),
                       mean(finals, "seconds", ".0f")])
-    lines = [["run", "mean mu", "demonstrations a step", "responses", "rollouts correct, last 10 steps, %",
-              "entropy, last 10 steps", "seconds, evaluations included"], *lines]
+    lines = [["run", "mean mu", "demonstrations a step", "responses", "rollouts correct, last 10 rows, %",
+              "entropy, last 10 rows", "seconds, evaluations included"], *lines]
     known = [i for i in range(len(lines[0])) if any(line[i] != "-" for line in lines[1:])]
     header, *lines = ([line[i] for i in known] for line in lines)
     return markdown(header, lines)
@@ -148,12 +148,14 @@ def signs(study, names):
 
 
 def search(table, names):
-    """Every trial of the search; the chosen one bold."""
+    """Every trial of the search, by the flags in which a method's trials differ; the chosen one bold."""
     lines = []
     for name in names:
         line, pick = [name], flags_of(table, name)
-        for flags, value in zip(table[0]["runs"][name], trial_values(table, name)):
-            text = f"{flags.removeprefix(f'--method {name} ')}: {value:.1f}"
+        trials = [flags.split(" --") for flags in table[0]["runs"][name]]
+        for flags, parts, value in zip(table[0]["runs"][name], trials, trial_values(table, name)):
+            own = [part.removeprefix("--") for part in parts if not all(part in other for other in trials)]
+            text = f"{' '.join(f'--{part}' for part in own)}: {value:.1f}"
             line.append(f"**{text}**" if flags == pick else text)
         lines.append(line)
     most = max(map(len, lines))
@@ -162,6 +164,13 @@ def search(table, names):
 
 def searched(study):
     return [name for name in study.names if isinstance(study.spec["runs"].get(study.full(name)), list)]
+
+
+def tried(table):
+    """The runs whose trials are all done."""
+    done = {row["run"] for row in table[1:]}
+    return [name for name, own in table[0]["runs"].items()
+            if isinstance(own, list) and {f"search/{name}.{i}" for i in range(len(own))} <= done]
 
 
 def commits(study):
@@ -204,7 +213,7 @@ def plain(table):
     if "search" in table[0]:
         text += ["", "## The search", "", f"Seed {table[0]['search']['seed']}, success in percent after the run, mean over "
                  f"{' and '.join(table[0]['search'].get('splits', ['val']))}. Chosen: the best, the first of equals.",
-                 *search(table, [name for name, own in table[0]["runs"].items() if isinstance(own, list)])]
+                 *search(table, tried(table))]
     return text
 
 

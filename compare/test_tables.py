@@ -22,9 +22,8 @@ def test_recorded_tables_are_made_from_the_recorded_rows_alone(study):
 
 
 def test_the_readme_prints_the_recorded_table():
-    rows = [json.loads(line) for line in four.RECORDED.read_text().splitlines()]
-    assert four.table(rows) in (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    assert four.paired(rows) in (Path(__file__).resolve().parent / "README.md").read_text()
+    study = logs.Study(logs.recorded("gp"))
+    assert four.table(study) in (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------
@@ -122,6 +121,26 @@ def test_packing_keeps_finished_runs_and_what_is_read(tmp_path):
     logs.write(tmp_path / "toy.jsonl", table)
     assert [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()] == table
     assert logs.Study(table, "gp").names == ["b-x"] and logs.Study(table).groups == ["", "gp"]
+
+
+def test_a_study_is_packed_and_unpacked_without_loss(tmp_path):
+    spec = dict(runs={"a": "", "b": ["", ""]}, search=dict(seed=9))
+    toy = study(tmp_path, spec, **{"a-0": ended(2 / 3), "a-1": ended(0.5)[:-1], "b-7": ended(0.5),
+                                   "search/b.0-9": ended(0.5), "search/b.1-9": ended(0.5)})
+    table = logs.collect(toy)
+    logs.unpack(table, tmp_path / "other" / "toy")
+    assert logs.collect(tmp_path / "other" / "toy") == table and not (tmp_path / "other" / "toy" / "a-1").exists()
+    (toy / "a-0" / "metrics.jsonl").write_text("")  # what is there already is not overwritten
+    logs.unpack(table, toy)
+    assert {row["run"] for row in logs.collect(toy)[1:]} == {"b", "search/b.0", "search/b.1"}
+
+
+def test_every_nth_step_is_kept_and_all_meta_gradients(tmp_path):
+    rows = ended(0.5)
+    rows[2:4] = [dict(kind="step", step=i, mu=0.5, rollouts=i, **({"meta_own": 0.1} if i == 7 else {})) for i in range(1, 12)]
+    table = logs.collect(study(tmp_path, dict(runs={"a": ""}, every=5), **{"a-0": rows}))
+    assert [row["step"] for row in table if row["kind"] == "step"] == [5, 7, 10]
+    assert tables.deeds(logs.Study(table))  # what has no last ten steps has its last ten rows
 
 
 def test_the_layout_of_a_new_study(tmp_path):
