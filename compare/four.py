@@ -19,7 +19,7 @@ from compare.matrix import ROOT, run_all  # noqa: E402
 from compare.tables import interval, markdown, mean_and_half  # noqa: E402
 
 METHODS = {"sft": "SFT", "rl": "RL", "sft-rl-half": "SFT then RL", "amft": "AMFT"}
-TABLE = {"sft": "SFT", "rl": "RL", "fixed-0.3": "mu fixed at 0.3", "sft-rl-half": "SFT then RL", "amft": "AMFT"}
+TABLE = {"sft": "SFT", "rl": "RL", "fixed-0.5": "mu fixed at 0.5", "sft-rl-half": "SFT then RL", "amft": "AMFT"}
 SPLITS = {"id": "training deals", "val": "the controller's deals", "heldout": "unseen deals", "ood_rule": "another rule"}
 
 

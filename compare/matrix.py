@@ -125,7 +125,7 @@ def main():
     before = json.loads((folder / "spec.json").read_text()) if (folder / "spec.json").exists() else {}
     describe = f"git -C {shlex.quote(str(ROOT))} describe --always --dirty --abbrev=12 --exclude '*'"
     failed, commit = subprocess.getstatusoutput(describe)
-    spec["commits"] = sorted({*before.get("commits", ()), "unknown" if failed else commit})
+    spec["commits"] = sorted({*before.get("commits", ()), *([] if args.list else ["unknown" if failed else commit])})
     (folder / "spec.json").write_text(json.dumps(spec))
     if not run_all(trials(spec, args.only), folder, spec, args):
         sys.exit(None if args.list else "the search is not done")

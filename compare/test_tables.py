@@ -24,6 +24,8 @@ def test_recorded_tables_are_made_from_the_recorded_rows_alone(study):
 def test_the_readme_prints_the_recorded_table():
     study = logs.Study(logs.recorded("gp"))
     assert four.table(study) in (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    whole = tables.ends(study, {name: (name, False) for name in study.names})
+    assert "\n".join(whole[1:]) in (Path(__file__).resolve().parent / "README.md").read_text()
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------
