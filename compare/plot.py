@@ -1,5 +1,6 @@
 """Figures (needs matplotlib): of recorded studies, from compare/recorded/STUDY.jsonl alone, or the curves of one run.
 
+    python compare/plot.py gp             # compare/recorded/gp-{pareto,curves,mu}.png
     python compare/plot.py compare        # compare/recorded/compare-{pareto,curves,mu,sweep}.png
     python compare/plot.py compare long   # of its group long: compare-long-{curves,mu}.png
     python compare/plot.py runs/gp        # runs/gp/curves.png
@@ -32,8 +33,8 @@ def styles(study, names):
 
 
 def methods(study):
-    """What is drawn: the runs that were searched, or all."""
-    return searched(study) or study.names
+    """What is drawn: the runs that were searched and those that the spec names, or all."""
+    return searched(study) + [name for name in study.spec.get("drawn", ()) if name in study.names] or study.names
 
 
 def base(study, split):
@@ -46,7 +47,7 @@ def pareto(study):
     names += [f"amft{COLD}"] * (f"amft{COLD}" in study.names and f"amft{COLD}" not in names)
     colours, markers = styles(study, names)
     figure, axes = plt.subplots(1, 2, figsize=(15, 6.5), layout="constrained")
-    for axis, across in zip(axes, ("ood", "unseen")):
+    for axis, across in zip(axes, ("ood" if "ood" in study.pooled else "ood_rule", "unseen")):
         means = {}
         for name in names:
             points = list(zip(study.ends(name, "id"), study.ends(name, across)))
@@ -59,7 +60,7 @@ def pareto(study):
                        if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in means.values()))
         axis.plot(*zip(*front), color="grey", linestyle="--", linewidth=1, label="Pareto front of the means", zorder=0)
         axis.set(xlabel=f"id: training multisets, {study.success}, %",
-                 ylabel=f"{across}: mean of {' and '.join(study.pooled[across])}, %")
+                 ylabel=f"{across}: {' and '.join(study.pooled.get(across, ['another rule']))}, %")
     axes[0].set_title("In against out of distribution: a small mark a seed, a large one the mean")
     axes[1].set_title("Training multisets against others of the same rule")
     axes[1].legend(fontsize=8, ncols=2)
@@ -103,9 +104,13 @@ def controllers(study):
             rows = study.of(name, "step", seed)
             column[0].plot([row["step"] for row in rows], [row["mu"] for row in rows], linewidth=1)
             if name.startswith("amft"):
+                steps = [0, *(row["step"] for row in rows)]
                 for key, style in (("meta_force", "-"), ("entropy_force", ":")):
-                    column[1].plot([row["step"] for row in rows], list(accumulate(row[key] or 0.0 for row in rows)), style,
-                                   linewidth=1, color=f"C{seed}", label=None if seed else key.replace("_", " "))
+                    # All that the estimates moved is recorded; of the entropy's force, which is of every step, a sample.
+                    forces = [(row[key] or 0.0) * (step - last if key == "entropy_force" else 1)
+                              for row, step, last in zip(rows, steps[1:], steps)]
+                    column[1].plot(steps[1:], list(accumulate(forces)), style, linewidth=1, color=f"C{seed}",
+                                   label=key.replace("_", " ") if seed == study.seeds(name)[0] else None)
                 column[1].legend(fontsize=8)
                 column[1].set_title("running sums of its two forces", fontsize=9)
             else:
@@ -145,9 +150,9 @@ def figures(table, group=""):
     drawn = {"curves": curves(study)}
     if set(ADAPTIVE) & set(study.names):
         drawn["mu"] = controllers(study)
-    if {"ood", "unseen"} <= set(study.pooled) and study.base:
+    if "unseen" in study.pooled and study.base:
         drawn["pareto"] = pareto(study)
-        if {"rl", "sft", "fixed", "amft", f"amft{COLD}"} <= set(study.names):
+        if "ood" in study.pooled and {"rl", "sft", "fixed", "amft", f"amft{COLD}"} <= set(study.names):
             drawn["sweep"] = sweep(study)
     return drawn
 
