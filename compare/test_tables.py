@@ -212,3 +212,32 @@ def test_a_matrix_is_searched_run_resumed_and_not_run_again(tmp_path, monkeypatc
     spec.write_text(json.dumps(dict(common="", seeds=[0], runs=runs)))
     with pytest.raises(SystemExit, match="other flags"):
         go("--only", "gp/cold")
+
+
+FOUR = """
+import json, pathlib, sys
+flags = sys.argv[1:]
+out = pathlib.Path(flags[flags.index("--out") + 1])
+out.mkdir(parents=True)
+rows = [dict(kind="config", flags=flags), dict(kind="step", step=1, mu=0.5), dict(kind="final")] + [
+    dict(kind="eval", step=t, split=split, n=9, success=t / 2, low=0, high=1, any=1, greedy=1)
+    for t in (0, 1) for split in ("val", "id", "heldout", "ood_rule")]
+(out / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+"""
+
+
+def test_one_seed_of_the_projects_figure_is_run_with_the_recorded_flags(tmp_path, monkeypatch, capsys):
+    (tmp_path / "stub.py").write_text(FOUR)
+    for module in (matrix, four):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(matrix, "PROGRAM", [sys.executable, "stub.py"])
+    monkeypatch.setattr(sys, "argv", ["four.py", "--seed", "7"])
+    drawn = []
+    monkeypatch.setattr(four, "draw", lambda study, path: drawn.append(path))
+    four.main()
+    out, table = capsys.readouterr().out, logs.recorded("gp")
+    assert "4 runs, 4 to do" in out and "| AMFT | 50.0 | 50.0 | 50.0 | 50.0 |" in out and "| base | 0.0 [0, 100] |" in out
+    assert drawn == [tmp_path / "runs" / "four-7" / "four.png"]
+    for name in four.METHODS:
+        flags = logs.read(tmp_path / "runs" / "four-7" / f"{name}-7")[0]["flags"]
+        assert " ".join(flags).startswith(f"{table[0]['common']} {logs.flags_of(table, name)} --seed 7 --out ")
