@@ -253,6 +253,8 @@ MUTANTS = [
     ("base/make.py", "if value == tasks.TARGET and", "if False and", "pretraining"),
     ("tasks.py", "residuals[unit] += hit - p", "residuals[len(residuals)] += hit - p", "clusters"),
     ("tasks.py", "object_pairs_hook=unique_keys, parse_constant=no_constant", "object_pairs_hook=unique_keys", "hostile"),
+    ("tasks.py", 'role = split if split in ("train", "val") else', 'role = split if split in ("train",) else',
+     "new_splits_are_new"),
 ]
 
 
