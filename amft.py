@@ -15,7 +15,7 @@ Differs from the paper:
     Eq. 6 moves mu by dU/dmu's sign, as far as it is sure (--controller paper: to the letter)
     U can also be of the step's own prompts, for a dot product (--utility val: Eq. 4)
     the entropy's sign is Eq. 6's; the paper's text has the other one (--eta-h below 0)
-    both losses are divided by their batch's response tokens; the paper states none
+    both losses are divided by their batch's response tokens; the paper leaves it open
     General Points' defaults: no warm-up, --advantage group, --imitation rectified (the paper: W, gae, nll)
 
     python amft.py --task gp                    # Algorithm 1 on General Points, minutes on a CPU

@@ -74,7 +74,6 @@ def unpack(table, folder):
             out.mkdir(parents=True)
             write(out / "metrics.jsonl", rows)
     write(folder / "spec.json", [{key: value for key, value in table[0].items() if key != "kind"}])
-    return runs
 
 
 def write(path, table):
@@ -154,14 +153,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["pack", "unpack"])
     parser.add_argument("path", type=Path, help="folder of the study, or its table")
-    action, path = vars(parser.parse_args()).values()
-    name = path.resolve().name.removesuffix(".jsonl")
+    args = parser.parse_args()
+    name = args.path.resolve().name.removesuffix(".jsonl")
     packed, folder = RECORDED / f"{name}.jsonl", RECORDED.parent.parent / "runs" / name
-    if action == "pack":
-        write(packed, collect(path))
-    else:
-        unpack(recorded(name), folder)
-    print(f"{sum(row['kind'] == 'final' for row in recorded(name))} runs in {packed if action == 'pack' else folder}")
+    try:
+        table = collect(args.path) if args.action == "pack" else list(map(json.loads, args.path.read_text().splitlines()))
+        if args.action == "pack":
+            write(packed, table)
+        else:
+            unpack(table, folder)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        what = "a study's folder, with spec.json" if args.action == "pack" else "a study's table"
+        parser.error(f"{args.path}: is not {what} ({error})")
+    print(f"{sum(row['kind'] == 'final' for row in table[1:])} runs in {packed if args.action == 'pack' else folder}")
 
 
 if __name__ == "__main__":
