@@ -1725,7 +1725,7 @@ def test_base_recipes_run_and_make_the_shipped_tokenizer(tmp_path, tokenizer):
         assert AutoTokenizer.from_pretrained(tmp_path / name).get_vocab() == tokenizer.get_vocab()
         assert AutoTokenizer.from_pretrained(HERE / shipped).get_vocab() == tokenizer.get_vocab()
         made, kept = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / name, HERE / shipped))
-        assert made == kept
+        assert dict(made, transformers_version=0) == dict(kept, transformers_version=0)
         assert sum(f.stat().st_size for f in (HERE / shipped).iterdir() if f.is_file()) < 10 * 2 ** 20
 
 

@@ -1,5 +1,5 @@
-"""What a GPU would tell: seconds a step and peak memory of the default run, and of random weights in the shape of
-Qwen2.5-0.5B. NOT RUN YET: no GPU was to be had when this was written; only `--tiny --device cpu` was, to see that it goes through.
+"""What a GPU tells: seconds a step and peak memory of the default run, and of random weights in the shape of Qwen2.5-0.5B.
+The figures of one H200 stand in recipes/README.md.
 
     python benchmarks/gpu.py                         # needs a GPU of 24 GB
     python benchmarks/gpu.py --layers 28 --width 1536 --heads 12 --inner 8960     # the shape of Qwen2.5-1.5B: 80 GB
