@@ -18,7 +18,7 @@ from pathlib import Path
 RECORDED = Path(__file__).resolve().parent / "recorded"
 KEEP = {"step": ("step", "mu", "meta_grad", "meta_se", "meta_own", "meta_force", "entropy_force", "entropy", "success",
                  "demos", "rollouts", "grad_norm_sft"),
-        "eval": ("step", "best", "split", "n", "success", "low", "high", "any", "greedy", "first_try", "step_accuracy",
+        "eval": ("step", "split", "n", "success", "low", "high", "any", "greedy", "first_try", "step_accuracy",
                  "recognition")}  # of the other kinds, all
 
 
@@ -102,7 +102,6 @@ class Study:
         self.pooled = {name: of for name, of in self.spec.get("pooled", {}).items() if set(of) <= set(splits)}
         self.splits = [*splits, *self.pooled]
         self.base = {row["split"]: row for row in reversed(evals) if row["step"] == 0}  # of the first run that has it
-        self.success = "success" if any(row["greedy"] is not None for row in evals) else "greedy success"
 
     def full(self, name):
         return f"{self.group}/{name}" if self.group else name
@@ -115,15 +114,22 @@ class Study:
         return [row for own in ([seed] if seed is not None else self.seeds(name)) for row in self.runs[name, own]
                 if row["kind"] == kind]
 
-    def at_end(self, name, seed, split, best=False, measure="success"):
-        """The last evaluation of a split in percent; with `best`, of the policy that was best on val."""
+    def at_end(self, name, seed, split, measure="success"):
+        """The last evaluation of a split, in percent."""
         if split in self.pooled:
-            return statistics.mean(self.at_end(name, seed, part, best, measure) for part in self.pooled[split])
-        return 100 * first([row[measure] for row in self.of(name, "eval", seed)
-                            if bool(row["best"]) == best and row["split"] == split][-1])
+            return statistics.mean(self.at_end(name, seed, part, measure) for part in self.pooled[split])
+        return 100 * first([row[measure] for row in self.of(name, "eval", seed) if row["split"] == split][-1])
 
-    def ends(self, name, split, best=False, measure="success"):
-        return [self.at_end(name, seed, split, best, measure) for seed in self.seeds(name)]
+    def at_step(self, name, seed, split, step):
+        """Success in percent after some step, on the line between the evaluations of the split around it."""
+        if split in self.pooled:
+            return statistics.mean(self.at_step(name, seed, part, step) for part in self.pooled[split])
+        rows = [(row["step"], 100 * row["success"]) for row in self.of(name, "eval", seed) if row["split"] == split]
+        (before, low), (after, high) = next(pair for pair in zip(rows, rows[1:]) if step <= pair[1][0])
+        return low + (high - low) * (step - before) / (after - before)
+
+    def ends(self, name, split, measure="success"):
+        return [self.at_end(name, seed, split, measure) for seed in self.seeds(name)]
 
 
 def first(value):

@@ -19,7 +19,8 @@ entries runs with the search's seed and flags, and the one that is best at the e
 "splits", the first of equals, runs with every seed. amft.py refuses a flag that a method does not use, so "common" holds
 what all use. A name has no spaces; its part before a slash is its group, with tables of its own: gp/rl, virl/rl. For
 tables.py: "reference" (the run that others are compared with; amft), "pooled" ({"ood": ["ood_rule", "ood_small"]}: means
-of splits), "reach" ([0.5]: rates on val to be reached).
+of splits), "reach" ([0.5]: rates on val to be reached), "clock" and "costs" ("rl", {"rl": 0.7, "amft": 1.0}: seconds a
+step, for a table at equal seconds).
 
 Each run is `python compare/rivals.py` with the common flags, its own, --seed and --out, in a process and with a thread
 of its own; what it prints goes to NAME-SEED.txt beside its folder. Finished runs are skipped, a run that was cut off

@@ -1,8 +1,7 @@
 """Figures (needs matplotlib): of recorded studies, from compare/recorded/STUDY.jsonl alone, or the curves of one run.
 
     python compare/plot.py gp             # compare/recorded/gp-{pareto,curves,mu}.png
-    python compare/plot.py compare        # compare/recorded/compare-{pareto,curves,mu,sweep}.png
-    python compare/plot.py compare long   # of its group long: compare-long-{curves,mu}.png
+    python compare/plot.py tasks math     # of its group math: tasks-math-{curves,mu}.png
     python compare/plot.py runs/gp        # runs/gp/curves.png
 """
 
@@ -20,16 +19,14 @@ from matplotlib import pyplot as plt  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tasks  # noqa: E402
 from compare.logs import RECORDED, Study, read, recorded  # noqa: E402
-from compare.tables import mean_and_half, searched  # noqa: E402
+from compare.tables import searched  # noqa: E402
 
-COLD = "-without-warm-up"
-ADAPTIVE = ("amft", f"amft{COLD}", "gac", "sasr", "superrl", "hpt")
+ADAPTIVE = ("amft", "gac", "sasr", "superrl", "hpt")
 
 
 def styles(study, names):
-    amft = {name: "black" for name in names if name in ("amft", f"amft{COLD}")}
-    return (dict(zip(names, cycle(plt.get_cmap("tab20").colors))) | amft,
-            dict(zip(names, cycle("osD^vPDX<>phd8Hs"))) | {f"amft{COLD}": "*"})
+    return (dict(zip(names, cycle(plt.get_cmap("tab20").colors))) | {"amft": "black"},
+            dict(zip(names, cycle("osD^vPDX<>phd8Hs"))))
 
 
 def methods(study):
@@ -44,7 +41,6 @@ def base(study, split):
 def pareto(study):
     """In against out of distribution."""
     names = methods(study)
-    names += [f"amft{COLD}"] * (f"amft{COLD}" in study.names and f"amft{COLD}" not in names)
     colours, markers = styles(study, names)
     figure, axes = plt.subplots(1, 2, figsize=(15, 6.5), layout="constrained")
     for axis, across in zip(axes, ("ood" if "ood" in study.pooled else "ood_rule", "unseen")):
@@ -54,12 +50,12 @@ def pareto(study):
             means[name] = tuple(map(statistics.mean, zip(*points)))
             axis.scatter(*zip(*points), s=18, alpha=0.45, color=colours[name], marker=markers[name])
             axis.scatter(*means[name], s=90, color=colours[name], marker=markers[name], edgecolor="black",
-                         label=name.replace("-without-", ", no "))
+                         label=name)
         axis.scatter(base(study, "id"), base(study, across), s=150, color="black", marker="+", label="base")
         front = sorted(p for p in means.values()
                        if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in means.values()))
         axis.plot(*zip(*front), color="grey", linestyle="--", linewidth=1, label="Pareto front of the means", zorder=0)
-        axis.set(xlabel=f"id: training multisets, {study.success}, %",
+        axis.set(xlabel="id: training multisets, success, %",
                  ylabel=f"{across}: {' and '.join(study.pooled.get(across, ['another rule']))}, %")
     axes[0].set_title("In against out of distribution: a small mark a seed, a large one the mean")
     axes[1].set_title("Training multisets against others of the same rule")
@@ -84,12 +80,12 @@ def curves(study, width=5):
                           [statistics.mean(windows[i]) for i in sorted(windows)], **style)
         val = {}
         for row in study.of(name, "eval"):
-            if row["split"] == "val" and not row["best"]:
+            if row["split"] == "val":
                 val.setdefault(row["step"], []).append(100 * row["success"])
         val = {step: values for step, values in val.items() if len(values) >= len(study.seeds(name))}
         axes[2].plot(list(val), [statistics.mean(values) for values in val.values()], marker=".", **style)
     for axis, title in zip(axes, ("entropy of the rollouts (nats a token)", "share of rollouts correct",
-                                  f"{study.success} on val, %")):
+                                  "success on val, %")):
         axis.set(xlabel="step", title=title)
     axes[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -122,28 +118,6 @@ def controllers(study):
     return figure
 
 
-def sweep(study):
-    """Success against fixed mu, beside AMFT's, with the warm-up and without."""
-    fixed = {name: study.of(name, "config")[0] for name in study.names if name.startswith("fixed")}
-    warm = {config["mu"]: name for name, config in fixed.items() if config["warmup"]}
-    bare = {config["mu"]: name for name, config in fixed.items() if not config["warmup"]} | {0.0: "rl", 1.0: "sft"}
-    figure, axes = plt.subplots(1, 5, figsize=(20, 4.2), layout="constrained")
-    for axis, split in zip(axes, ("val", "heldout", "unseen", "id", "ood")):
-        for colour, what, names, amft in (("C0", "ten steps of warm-up", warm, "amft"),
-                                          ("C1", "none", bare, f"amft{COLD}")):
-            groups = {mu: study.ends(name, split) for mu, name in sorted(names.items())}
-            axis.errorbar(list(groups), *zip(*map(mean_and_half, groups.values())), fmt="o-", capsize=3, color=colour,
-                          label=f"fixed mu, {what}")
-            mean, half = mean_and_half(study.ends(amft, split))
-            axis.axhspan(mean - half, mean + half, alpha=0.15, color=colour, label=f"AMFT, {what}, 95%")
-            axis.axhline(mean, color=colour, linestyle="--", linewidth=1)
-        axis.axhline(base(study, split), color="grey", linestyle=":", label="base")
-        axis.set(title=split, xlabel="mu (0: rl, 1: sft)")
-    axes[0].set_ylabel(f"{study.success}, %")
-    axes[0].legend(fontsize=8)
-    return figure
-
-
 def figures(table, group=""):
     """{name: figure} of every figure that the group's runs allow."""
     study = Study(table, group)
@@ -152,8 +126,6 @@ def figures(table, group=""):
         drawn["mu"] = controllers(study)
     if "unseen" in study.pooled and study.base:
         drawn["pareto"] = pareto(study)
-        if "ood" in study.pooled and {"rl", "sft", "fixed", "amft", f"amft{COLD}"} <= set(study.names):
-            drawn["sweep"] = sweep(study)
     return drawn
 
 

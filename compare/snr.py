@@ -4,7 +4,7 @@
 
 A fixed mixture is trained as AMFT would be. After some of its steps many conversations are sampled from the stepped
 policy, and dU/dmu is estimated from them for every trace: with so many, the estimate is good enough to tell its size
-from its noise. The noise is quoted for what a run can afford, 32 prompts x 8 samples. On validation prompts and on
+from its noise. The noise is quoted for what a run affords, 8 prompts x 8 samples. On validation prompts and on
 training prompts, which a run samples anyway: conversation by conversation, and by the RL gradient alone
 (own_meta_gradient); and as the difference of success between theta' moved half a unit of mu up and down, both sampled
 with the same random numbers. To record it: cp runs/snr.jsonl compare/recorded/ && python compare/tables.py snr.
@@ -27,23 +27,22 @@ import amft  # noqa: E402
 from compare.tables import snr  # noqa: E402
 
 LOG = ROOT / "runs" / "snr.jsonl"
-FLAGS = ("--task gp --model base/early --steps 50 --warmup 10 --mu 0.5 --prompts 8 --samples 8 --sft-batch 32 "
-         "--advantage group --lr 1e-4 --imitation nll --val-every 0 --eval-n 1")
+FLAGS = "--task gp --steps 300 --mu 0.5 --val-every 0 --eval-n 1"  # gp.json's fixed-0.5
 TRACES = (0.0, 0.5, 0.9, 0.98)
-AT = (12, 25, 40)
+AT = (25, 100, 200)
 PROMPTS, SAMPLES = 96, 16  # of a measurement
-AFFORD = 32, 8  # of a meta-gradient in a run
+AFFORD = 8, 8  # of a meta-gradient in a run
 
 
 def estimates(s, config, split, tangents):
-    """[(source, trace, dU/dmu, its standard error, that of 256 conversations)] from one set of conversations."""
+    """[(source, trace, dU/dmu, its standard error, that of AFFORD conversations)] from one set of conversations."""
     episodes, (P, G), result = [s.task.sample(split, s.rng) for _ in range(PROMPTS)], AFFORD, []
     seen = amft.rollout(s.model, s.tokenizer, episodes, SAMPLES, config.max_new_tokens, config.temperature)
     order = torch.arange(PROMPTS * SAMPLES, device=seen.success.device).view(PROMPTS, SAMPLES)
     few = [seen._replace(batch=seen.batch.rows(order[:, i:i + G].flatten()), success=seen.success[:, i:i + G])
            for i in range(0, SAMPLES, G)]
     advantages, grads = amft.advantages_of(s.model, None, seen, config), []
-    for rows in order.flatten().split(P * G):  # the RL gradient's spread shows in parts of 256
+    for rows in order.flatten().split(P * G):  # the RL gradient's spread shows in parts as large as AFFORD
         part = seen.batch.rows(rows)
         values = amft.Advantages(advantages.values[rows], advantages.scale)
         grads.append((part, amft.rl_gradient(s.model, part, values, config)[0]))
@@ -58,7 +57,7 @@ def estimates(s, config, split, tangents):
 
 
 def difference(s, config, trace, tangent):
-    """The same of the finite difference of U over one unit of mu, with common random numbers; 256 for both together."""
+    """The same of the finite difference of U over one unit of mu, with common random numbers; AFFORD for both together."""
     episodes, success = [s.task.sample("val", s.rng) for _ in range(PROMPTS)], []
     for sign in (0.5, -0.5):
         vector_to_parameters(s.theta + sign * tangent, s.model.parameters())
@@ -98,7 +97,7 @@ class Probe(amft.Method):
 def main():
     LOG.parent.mkdir(exist_ok=True)
     if not LOG.exists():
-        LOG.write_text(json.dumps(dict(kind="spec", prompts=PROMPTS, samples=SAMPLES, common=FLAGS)) + "\n")
+        LOG.write_text(json.dumps(dict(kind="spec", prompts=PROMPTS, samples=SAMPLES, afford=AFFORD, common=FLAGS)) + "\n")
     rows = lambda: [json.loads(line) for line in LOG.read_text().splitlines()]  # noqa: E731
     for seed in (200, 201, 202):  # no recorded run has these
         if max(AT) not in [row["step"] for row in rows()[1:] if row["seed"] == seed]:

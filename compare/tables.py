@@ -38,10 +38,10 @@ def spread(values):
     return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def differences(study, name, against, best=False):
+def differences(study, name, against):
     """{split: paired differences} from another run, over the seeds that both have."""
     seeds = sorted(set(study.seeds(name)) & set(study.seeds(against)))
-    return {split: [study.at_end(name, seed, split, best) - study.at_end(against, seed, split) for seed in seeds]
+    return {split: [study.at_end(name, seed, split) - study.at_end(against, seed, split) for seed in seeds]
             for split in study.splits}
 
 
@@ -60,33 +60,46 @@ def signals(steps):
 # --- tables, as lists of lines ------------------------------------------------------------------------------------
 
 
-def markdown(header, lines, rule=" --- "):
+def markdown(header, lines):
     header, *lines = ("| " + " | ".join(line) + " |" for line in (header, *lines))
-    return ["", header, "|" + f"{rule}|" * (header.count("|") - 1), *lines]
+    return ["", header, "|" + " --- |" * (header.count("|") - 1), *lines]
 
 
-def ends(study, columns, measure="success", first="method", rule=" --- ", form=".0f"):
-    """A measure at the end of each run, {title: (name, best)}, on every split; first the base's."""
-    def base(split):
-        if split in study.pooled:
-            return f"{100 * statistics.mean(study.base[part]['success'] for part in study.pooled[split]):.1f}"
-        row = study.base[split]
-        share = [row[key] for key in ("success", "low", "high")] if measure == "success" else row[measure]
-        if not isinstance(share, list):
-            return f"{100 * share:.1f}"
-        return "{:.1f} [{:{form}}, {:{form}}]".format(*(100 * x for x in share), form=form)
-    lines = [["base", "-", *map(base, study.splits)]] if study.base else []
-    lines += [[title, str(len(study.seeds(name))), *(interval(study.ends(name, split, best, measure))
-                                                     for split in study.splits)]
-              for title, (name, best) in columns.items()]
-    return markdown([first, "seeds", *study.splits], lines, rule)
+def base(study, split, measure="success"):
+    """A measure of the base on a split, with the 95% interval over its problems where the log has one."""
+    if split in study.pooled:
+        return f"{100 * statistics.mean(study.base[part]['success'] for part in study.pooled[split]):.1f}"
+    row = study.base[split]
+    share = [row[key] for key in ("success", "low", "high")] if measure == "success" else row[measure]
+    return ("{:.1f} [{:.0f}, {:.0f}]".format(*(100 * x for x in share)) if isinstance(share, list)
+            else f"{100 * share:.1f}")
 
 
-def paired(study, columns, against, first="method"):
-    lines = [[title, *(f"**{interval(values)}**" if abs(mean) > half else interval(values)
-                       for values in differences(study, name, against, best).values()
-                       for mean, half in [mean_and_half(values)])] for title, (name, best) in columns.items()]
-    return markdown([first, *study.splits], lines)
+def ends(study, names, measure="success"):
+    """A measure at the end of the runs of these names, on every split; first the base's."""
+    lines = [["base", "-", *(base(study, split, measure) for split in study.splits)]] if study.base else []
+    lines += [[name, str(len(study.seeds(name))), *(interval(study.ends(name, split, measure)) for split in study.splits)]
+              for name in names]
+    return markdown(["method", "seeds", *study.splits], lines)
+
+
+def paired(study, names, against):
+    lines = [[name, *(f"**{interval(values)}**" if abs(mean) > half else interval(values)
+                       for values in differences(study, name, against).values()
+                       for mean, half in [mean_and_half(values)])] for name in names]
+    return markdown(["method", *study.splits], lines)
+
+
+def equal_seconds(study):
+    """Success when the run of spec["clock"] is over, by the seconds that a step takes, spec["costs"]: what is slower is
+    cut short, between its evaluations, and what is quicker had ended."""
+    costs, clock, lines = study.spec["costs"], study.spec["clock"], []
+    steps = {name: study.of(name, "config")[0]["steps"] for name in costs if name in study.names}
+    for name in steps:
+        step = min(steps[name], costs[clock] * steps[clock] / costs[name])
+        lines.append([name, f"{costs[name]:.2f}", f"{step:.0f}", *(
+            interval([study.at_step(name, seed, split, step) for seed in study.seeds(name)]) for split in study.splits)])
+    return markdown(["method", "seconds a step", "steps", *study.splits], lines)
 
 
 def reach(study, names):
@@ -180,6 +193,16 @@ def commits(study):
     return ", ".join(f"`{commit}`" for commit in found)
 
 
+def together(table, groups):
+    """Success of every group's runs on its splits, a column a run."""
+    studies = [Study(table, group) for group in groups]
+    names = list(dict.fromkeys(name for study in studies for name in study.names))
+    return ["", "Success of sampled responses:", *markdown(["task", "split", "base", *names], [
+        ["" if i else study.group, split, base(study, split),
+         *(interval(study.ends(name, split)) if name in study.names else "-" for name in names)]
+        for study in studies for i, split in enumerate(study.splits)])]
+
+
 # --- studies ------------------------------------------------------------------------------------------------------
 
 
@@ -189,19 +212,24 @@ def plain(table):
     text = [f"# {name}", "", f"Made by `python compare/tables.py {name}` from `{name}.jsonl`. Percent, at the end of the run; "
             "mean over seeds and half-width of its 95% t-interval. Base: the policy before, with the 95% interval over its "
             "problems."]
-    for group in (group for group in Study(table).groups if not group.startswith("search")):
+    groups = [group for group in Study(table).groups if not group.startswith("search")]
+    text += together(table, groups) if len(groups) > 1 else []
+    for group in groups:
         study = Study(table, group)
         text += ["", f"## {group or 'Runs'}", "", f"Commit {commits(study)}, torch "
                  f"{study.of(study.names[0], 'config')[0]['torch']}; `python compare/rivals.py {table[0]['common']}`, and:",
                  "", *(f"- {name}: `{flags_of(table, study.full(name))}`" for name in study.names)]
-        columns = {name: (name, False) for name in study.names}
         for measure, title in MEASURES.items():
             if all(row[measure] is not None for name in study.names for row in study.of(name, "eval")):
-                text += ["", f"{title}:", *ends(study, columns, measure)]
-        if reference in columns and len(columns) > 1:
+                text += ["", f"{title}:", *ends(study, study.names, measure)]
+        if reference in study.names and len(study.names) > 1:
             text += ["", f"Paired difference in success from {reference}, points; bold where the interval does not hold 0 "
                      "(one in twenty would by chance):"]
-            text += paired(study, {title: column for title, column in columns.items() if title != reference}, reference)
+            text += paired(study, [name for name in study.names if name != reference], reference)
+        if "costs" in table[0]:
+            text += ["", f"Success at equal seconds, those of {table[0]['clock']}, by the seconds a step that `python "
+                     "benchmarks/cost.py` gives when it runs all side by side; a method with slower steps is cut short, "
+                     "between two of its evaluations (its learning rate had not fallen to 0 there):", *equal_seconds(study)]
         if "reach" in table[0]:
             text += ["", "Steps and responses to the first evaluation on val at or above a rate: median over the seeds that "
                      "got there, and how many did:", *reach(study, study.names)]
@@ -217,122 +245,31 @@ def plain(table):
     return text
 
 
-def compare(table):
-    """Every method on General Points, at commits before 86e069c."""
-    study, long, cold = Study(table), Study(table, "long"), "-without-warm-up"
-    config, main = study.of("amft", "config")[0], searched(study)
-    amfts = [name for name in study.names if name.startswith("amft")]
-    bare = sorted(name for name in study.names if name.endswith(cold) and name not in amfts)
-    columns = {name: (name, False) for name in main}
-    columns |= {"sft, early stopped": ("sft", True), "sft, same time": ("sft-clocked", False),
-                "sft, same time, early stopped": ("sft-clocked", True)}
-    columns |= {f"fixed, mu = {name[6:]}": (name, False) for name in study.names
-                if name.startswith("fixed-") and name not in bare}
-    columns |= {name.removesuffix(cold).replace("-", ", mu = ") + ", no warm-up": (name, False) for name in bare}
-    plainly = lambda names: {name.replace("-", " "): (name, False) for name in names}  # noqa: E731
-    return [
-        "# Every method on General Points", "", "Made by `python compare/tables.py compare` from `compare.jsonl`; commit "
-        f"{commits(study)}, torch {config['torch']}. Every run: `{table[0]['common']}`, that is {config['steps']} "
-        f"optimiser steps and {config['steps'] * config['prompts'] * config['samples']} responses, and what the search "
-        f"chose (below). Greedy success in percent, n = {config['eval_n']} a split; mean over seeds and half-width of its "
-        "95% t-interval. Base: 95% interval of the one policy over its deals, which counts multisets: that a split holds "
-        "about 110 of them, solved or missed as a whole, is a second uncertainty of every row, which seeds do not show. "
-        "unseen: mean of val and heldout; ood: mean of ood_rule and ood_small.", "", "## (a) Success",
-        *ends(study, columns), "", "Paired difference from AMFT, points; bold where the interval does not hold 0 (one in "
-        "twenty would by chance):", *paired(study, {t: c for t, c in columns.items() if t != "amft"}, "amft"), "",
-        "## (b) The ablations of the paper's Table 4", "", "Success, and the paired difference from the full AMFT. The "
-        "paper's own, in distribution: full 61.3, without meta-gradient 57.0, without warm-up 56.2, without entropy 55.0.",
-        *markdown(["run", "mu at the end", *study.splits], [
-            [name.replace("-", " "), spread([row["mu"] for row in study.of(name, "final")]),
-             *(interval(study.ends(name, split)) for split in study.splits)] for name in amfts]),
-        *paired(study, plainly(amfts[1:]), "amft", "less the full AMFT"), "",
-        "Paired difference from AMFT without warm-up of what has none either:",
-        *paired(study, plainly(["rl", "chord", "cosine", "sft", *bare]), f"amft{cold}"), "",
-        "## (c) Steps and responses to reach a success rate on val", "", f"First evaluation (every {config['val_every']} "
-        "steps) at or above it: median over the seeds that got there, and how many did.", *reach(study, main), "",
-        "## (d) Three times as long", "", f"The same settings, chosen for {config['steps']} steps, with 150: "
-        f"{150 * config['prompts'] * config['samples']} responses.",
-        *markdown(["method", "seeds", "mu at the end", *study.splits], [
-            [name.replace(cold, " without warm-up"), str(len(long.seeds(name))),
-             spread([row["mu"] for row in long.of(name, "final")]),
-             *(interval(long.ends(name, split)) for split in study.splits)] for name in long.names]), "",
-        "## What the runs did", *deeds(study), "", SIGNS, *signs(study, amfts), "", "## The search", "",
-        f"Seed {table[0]['search']['seed']}, success on val in percent after the run; nothing else was evaluated. Chosen: "
-        "the best, the first of equals.", *search(table, main)]
-
-
-def tasks(table):
-    """SFT, RL and AMFT on every task, at commits before 86e069c: success of all, then each task by itself."""
-    groups = [Study(table, group) for group in dict.fromkeys(run.partition("/")[0] for run in table[0]["runs"])]
-    names = list(dict.fromkeys(name for study in groups for name in study.names))
-    names.sort(key=["SFT", "RL", "AMFT", "AMFT-without-warm-up"].index)
-    text = ["# Success on every task and split", "", "Made by `python compare/tables.py tasks` from `tasks.jsonl`; percent, "
-            "mean over the seeds and half-width of its 95% t-interval; more in the tables of each task."]
-    text += markdown(["task", "split", "base", *(name.replace("-", " ") for name in names)], [
-        ["" if i else study.group, split, f"{100 * study.base[split]['success']:.1f}",
-         *(interval(study.ends(name, split)) if name in study.names else "-" for name in names)]
-        for study in groups for i, split in enumerate(study.splits)], "---")
-    for study in groups:
-        config, own = study.of("AMFT", "config")[0], [name for name in names if name in study.names]
-        text += ["", f"## {study.group}: recorded runs", "", f"Commit {commits(study)}, torch {config['torch']}, "
-                 f"transformers {config['transformers']}.", "", f"Percent, n = {config['eval_n']} greedy episodes for each "
-                 "split and run, the same for every run. Base: 95% interval of the one policy over its episodes. Other "
-                 "rows: mean over seeds and half-width of its 95% t-interval. Each row's flags are in the first line of "
-                 "`tasks.jsonl`."]
-        for measure, title in dict(MEASURES, success="Greedy success").items():
-            if study.base["val"][measure] is not None:
-                columns = {name.replace("-", " "): (name, False) for name in own}
-                text += ["", f"{title}:", *ends(study, columns, measure, "run", "---", ".1f")]
-        text += markdown(["run", "mu at the end", "conversations sampled", "minutes (one thread)"], [
-            [name.replace("-", " "), interval([study.of(name, "step", seed)[-1]["mu"] for seed in study.seeds(name)], ".2f"),
-             str(finals[0]["rollouts"]), f"{statistics.mean(row['seconds'] for row in finals) / 60:.1f}"]
-            for name in own for finals in [study.of(name, "final")]], "---")
-        for name in (name for name in own if name.startswith("AMFT")):
-            z, by_rl = signals(study.of(name, "step"))
-            text += ["", f"{name.replace('-', ' ')}, meta-gradients: on val, each over its standard error (z), {len(z)} with "
-                     f"a signal, {sum(x < 0 for x in z)} negative, mean {statistics.mean(z):+.2f}, abs(z) > 2 in "
-                     f"{sum(abs(x) > 2 for x in z)}; by the steps' own RL gradients {len(by_rl)}, "
-                     f"{sum(x < 0 for x in by_rl)} negative."]
-    return text
-
-
-def tune(table):
-    """The search that chose the defaults of that time."""
-    study = Study(table)
-    return ["# The search that chose the defaults", "", "Made by `python compare/tables.py tune` from `tune.jsonl`: seed "
-            f"{table[0]['seeds'][0]}, greedy success on `val` in percent (n = 1000); no other split was evaluated.",
-            *markdown(["run", "flags beside the defaults of that commit", "base", "after warm-up", "final", "mu at the end",
-                       "commit"], [
-                [name, f"`{table[0]['runs'][name]}`", *(f"{100 * row['success']:.1f}" for row in study.of(name, "eval")),
-                 f"{study.of(name, 'final')[0]['mu']:.2f}", f"`{study.of(name, 'config')[0]['commit'][:12]}`"]
-                for name in study.names], "---")]
-
-
 def snr(table):
     """How large the meta-gradient is against its noise (see snr.py)."""
-    spec, rows = table[0], table[1:]
-    lines = []
+    spec, rows, lines = table[0], table[1:], []
+    many = math.prod(spec["afford"])
     for source in dict.fromkeys(r["source"] for r in rows):
         for trace in sorted({r["trace"] for r in rows if r["source"] == source}):
             own = [r for r in rows if (r["source"], r["trace"]) == (source, trace)]
             signal = statistics.mean(r["value"] ** 2 - r["error"] ** 2 for r in own)
             noise = math.sqrt(statistics.mean(r["afford"] ** 2 for r in own))
             z = math.sqrt(signal) / noise if signal > 0 else 0.0
-            need = f"{256 * (2 / z) ** 2:,.0f}" if z > 0.01 else "no signal seen"
+            need = f"{many * (2 / z) ** 2:,.0f}" if z > 0.01 else "no signal seen"
             lines.append([source, str(trace), f"{statistics.mean(r['value'] for r in own):+.1e}",
                           f"{sum(r['value'] < 0 for r in own)} of {len(own)}", f"{math.sqrt(max(signal, 0)):.1e}",
                           f"{noise:.1e}", f"{z:.2f}", need])
     return ["# Is the meta-gradient a signal?", "", "Made by `python compare/tables.py snr` from `snr.jsonl`: "
             f"{len({r['seed'] for r in rows})} seeds, after steps {', '.join(map(str, sorted({r['step'] for r in rows})))} "
-            f"of a fixed mixture; {spec['prompts']} prompts x {spec['samples']} samples an estimate. Signal: root mean "
+            f"of a fixed mixture (`{spec['common']}`); {spec['prompts']} prompts x {spec['samples']} samples an estimate. Signal: root mean "
             "square of dU/dmu, less what the noise of the estimates adds to it. Noise: standard error of what a run can "
-            "afford, 256 responses. z: their ratio; responses for z = 2: what a meta-gradient would have to sample to be "
+            f"afford, {many} responses. z: their ratio; responses for z = 2: what a meta-gradient would have to sample to be "
             "that sure of its sign.",
-            *markdown(["estimated on", "trace", "dU/dmu, mean", "negative", "signal", "noise of 256", "z of 256",
-                       "for z = 2"], lines, "---")]
+            *markdown(["estimated on", "trace", "dU/dmu, mean", "negative", "signal", f"noise of {many}", f"z of {many}",
+                       "for z = 2"], lines)]
 
 
-LAYOUTS = {"compare": compare, "tasks": tasks, "tune": tune, "snr": snr}  # of the others: plain
+LAYOUTS = {"snr": snr}  # of the others: plain
 
 
 def text(study):
