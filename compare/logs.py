@@ -12,6 +12,7 @@ those with a meta-gradient.
 
 import argparse
 import json
+import shlex
 import statistics
 from pathlib import Path
 
@@ -73,7 +74,20 @@ def unpack(table, folder):
         if not out.exists():
             out.mkdir(parents=True)
             write(out / "metrics.jsonl", rows)
+            run, seed = str(out.relative_to(folder)).rsplit("-", 1)
+            if (trial := run.removeprefix("search/").rpartition("."))[0] in table[0]["runs"] or run in table[0]["runs"]:
+                flags = trial_flags(table[0], trial[0], int(trial[2])) if run.startswith("search/") else flags_of(table, run)
+                Path(f"{out}.txt").write_text(shlex.join(words(table[0], flags, seed)) + "\n")
     write(folder / "spec.json", [{key: value for key, value in table[0].items() if key != "kind"}])
+
+
+def words(spec, flags, seed):
+    """What a run is started with, but for --out; the first line of what it prints."""
+    return [*shlex.split(f"{spec['common']} {flags}"), "--seed", str(seed)]
+
+
+def trial_flags(spec, name, i):
+    return f"{spec['runs'][name][i]} {spec['search'].get('flags', '')}"
 
 
 def write(path, table):

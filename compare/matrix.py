@@ -40,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare.logs import collect, finished, flags_of, read  # noqa: E402
+from compare.logs import collect, finished, flags_of, read, trial_flags, words  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, "compare/rivals.py"]
@@ -48,9 +48,9 @@ PROGRAM = [sys.executable, "compare/rivals.py"]
 
 def trials(spec, only="*"):
     """[(name, seed, flags)] of the search."""
-    return [(f"search/{name}.{i}", spec["search"]["seed"], f"{flags} {spec['search'].get('flags', '')}")
+    return [(f"search/{name}.{i}", spec["search"]["seed"], trial_flags(spec, name, i))
             for name, own in spec["runs"].items() if isinstance(own, list) and fnmatch.fnmatch(name, only)
-            for i, flags in enumerate(own)]
+            for i in range(len(own))]
 
 
 def cells(spec, folder, only="*"):
@@ -81,8 +81,7 @@ def run(out, flags, args):
 
 def run_all(jobs, folder, spec, args):
     """What is missing of these runs, `args.jobs` at a time. True if all are finished."""
-    jobs = {folder / f"{name}-{seed}": [*shlex.split(f"{spec['common']} {flags}"), "--seed", str(seed)]
-            for name, seed, flags in jobs}
+    jobs = {folder / f"{name}-{seed}": words(spec, flags, seed) for name, seed, flags in jobs}
     for out, flags in jobs.items():
         screen = Path(f"{out}.txt")
         began = screen.read_text().split("\n")[0] if screen.exists() else shlex.join(flags)

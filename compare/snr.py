@@ -10,6 +10,7 @@ training prompts, which a run samples anyway: conversation by conversation, and 
 with the same random numbers. To record it: cp runs/snr.jsonl compare/recorded/ && python compare/tables.py snr.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -70,6 +71,10 @@ def difference(s, config, trace, tangent):
     return "val by difference", trace, each.mean().item(), error, error * math.sqrt(2 * PROMPTS / AFFORD[0])
 
 
+class Measured(Exception):
+    """There is nothing left to look at."""
+
+
 class Probe(amft.Method):
     """A fixed mixture that is looked at: mu(s) is asked while the model still is what the step before made it."""
 
@@ -86,6 +91,8 @@ class Probe(amft.Method):
                 for row in rows:
                     named = zip(("source", "trace", "value", "error", "afford"), row)
                     file.write(json.dumps(dict(seed=self.config.seed, step=s.t - 1, **dict(named))) + "\n")
+        if s.t > max(AT):
+            raise Measured
         return super().mu(s)
 
     def moved(self, s):
@@ -101,7 +108,7 @@ def main():
     rows = lambda: [json.loads(line) for line in LOG.read_text().splitlines()]  # noqa: E731
     for seed in (200, 201, 202):  # no recorded run has these
         if max(AT) not in [row["step"] for row in rows()[1:] if row["seed"] == seed]:
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Measured):
                 amft.main([*FLAGS.split(), "--method", "probe", "--seed", str(seed), "--out", f"{folder}/run"],
                           {"probe": Probe})
     print("\n".join(snr(rows())))

@@ -230,6 +230,12 @@ def test_a_matrix_is_searched_run_resumed_and_not_run_again(tmp_path, monkeypatc
     assert finals["gp/cold1"][:-1] == "--task gp --lr 0.9 --warmup 0 --seed 1 --out".split()
     assert not (tmp_path / "runs" / "toy" / "gp" / "amft-0" / "state.pt").exists()
     go()  # the failed ones go on from their states
+    table = logs.collect(tmp_path / "runs" / "toy")
+    logs.unpack(table, tmp_path / "other")  # says what its runs were started with, as the matrix did
+    for out in (tmp_path / "other").rglob("metrics.jsonl"):
+        name = f"{out.parent.relative_to(tmp_path / 'other')}.txt"
+        assert (tmp_path / "other" / name).read_text().split("\n")[0] == (
+            tmp_path / "runs" / "toy" / name).read_text().split("\n")[0]
     assert "6 runs, 0 to do" in go("--list")
     runs["gp/cold"] = "--warmup 1"
     spec.write_text(json.dumps(dict(common="", seeds=[0], runs=runs)))
