@@ -18,7 +18,7 @@ from pathlib import Path
 
 RECORDED = Path(__file__).resolve().parent / "recorded"
 KEEP = {"step": ("step", "mu", "meta_grad", "meta_se", "meta_own", "meta_force", "entropy_force", "entropy", "success",
-                 "demos", "rollouts", "grad_norm_sft"),
+                 "rollouts", "grad_norm_sft"),
         "eval": ("step", "split", "n", "success", "low", "high", "any", "greedy", "first_try", "step_accuracy",
                  "recognition")}  # of the other kinds, all
 

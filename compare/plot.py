@@ -110,7 +110,7 @@ def controllers(study):
                 column[1].legend(fontsize=8)
                 column[1].set_title("running sums of its two forces", fontsize=9)
             else:
-                norms = [(row["step"], row["grad_norm_sft"]) for row in rows if row.get("demos")]
+                norms = [(row["step"], row["grad_norm_sft"]) for row in rows if row["grad_norm_sft"] is not None]
                 column[1].plot(*zip(*norms), linewidth=1)
                 column[1].set_title("norm of the SFT gradient", fontsize=9)
         column[0].set(title=f"{name.replace('-', ' ')}: mu, a line a seed", ylim=(-0.03, 1.03))

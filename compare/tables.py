@@ -121,7 +121,7 @@ def reach(study, names):
 
 
 def deeds(study):
-    """What the runs did: mu, demonstrations, responses, successes, entropy, time."""
+    """What the runs did: mu, responses, successes, entropy, time."""
     def mean(rows, key, form):
         values = [row[key] for row in rows if row[key] is not None]
         return format(statistics.mean(values), form) if values else "-"
@@ -131,12 +131,12 @@ def deeds(study):
         last = [study.of(name, "step", seed)[-10:] for seed in study.seeds(name)]
         solved = [100 * statistics.mean(own) for own in ([row["success"] for row in rows if row["success"] is not None]
                                                          for rows in last) if own]
-        lines.append([name.replace("-", " "), mean(steps, "mu", ".2f"), mean(steps, "demos", ".1f"),
-                      mean(finals, "rollouts", ".0f"), interval(solved) if solved else "-",
+        lines.append([name.replace("-", " "), mean(steps, "mu", ".2f"), mean(finals, "rollouts", ".0f"),
+                      interval(solved) if solved else "-",
                       mean([row for rows in last for row in rows if row["entropy"]], "entropy", ".3f"),
                       mean(finals, "seconds", ".0f")])
-    lines = [["run", "mean mu", "demonstrations a step", "responses", "rollouts correct, last 10 rows, %",
-              "entropy, last 10 rows", "seconds, evaluations included"], *lines]
+    lines = [["run", "mean mu", "responses", "rollouts correct, last 10 rows, %", "entropy, last 10 rows",
+               "seconds, evaluations included"], *lines]
     known = [i for i in range(len(lines[0])) if any(line[i] != "-" for line in lines[1:])]
     header, *lines = ([line[i] for i in known] for line in lines)
     return markdown(header, lines)
