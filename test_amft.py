@@ -342,18 +342,21 @@ def test_the_standard_error_of_the_meta_gradient_covers():
         estimates[i], errors[i] = amft.meta_gradient(model, tangent, rollouts_of(batch, success), configured())
     assert abs(estimates.mean() - truth) < 4.5 * estimates.std() / math.sqrt(repetitions)
     assert np.sqrt(np.mean(errors ** 2)) == pytest.approx(estimates.std(), rel=0.45)
-    assert np.mean(abs(estimates - truth) < 1.96 * errors) > 0.75
+    # Half the error would cover 67%. Of 12 prompts, where success is rare, the mean is skewed: 95% is not reached.
+    assert np.mean(abs(estimates - truth) < 1.96 * errors) > 0.7
 
 
 def test_adams_first_step_hides_mu():
     """On fresh moments the step is sign(g): d theta'/d mu is about 0, however large g_SFT - g_RL. Later it is not."""
-    theta, g_rl, g_sft = torch.randn(3, 50, dtype=torch.float64)
+    theta, mixed, apart = torch.randn(3, 50, dtype=torch.float64)
+    mixed += 0.1 * mixed.sign()  # where it is as small as eps the sign has a slope
+    g_rl, g_sft = mixed - apart / 2, mixed + apart / 2
     state = amft.AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
     norms = []
     for _ in range(3):
         norms.append(amft.step_sensitivity(theta, g_rl, g_sft, 0.5, state, lr=1.0, max_norm=1e9)[0].norm().item())
         theta, state = amft.adamw_step(theta, torch.randn_like(theta), state, lr=1.0, max_norm=1e9)
-    assert norms[0] < 1e-2 and min(norms[1:]) > 0.1
+    assert norms[0] < 1e-4 and min(norms[1:]) > 0.1
 
 
 def test_sensitivity_is_finite_where_no_gradient_ever_came():
