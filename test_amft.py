@@ -1667,9 +1667,9 @@ def test_grader_on_every_bracketing():
     (answer("(1+2+3)*4", cards=[], number="rubbish"), "correct"),
 ])
 def test_grader_on_hostile_text(response, outcome):
-    start = time.perf_counter()
+    start = time.process_time()
     assert grade(response, (4, 3, 2, 1)) == outcome
-    assert time.perf_counter() - start < 0.05
+    assert time.process_time() - start < 0.05
 
 
 def test_digits_that_were_not_dealt_cannot_be_glued():
@@ -2061,9 +2061,9 @@ def test_wrong_responses_get_their_named_outcome_in_bounded_time(name):
                "\\boxed{1/0}", "\\boxed{9**9**9}", "\\boxed{" + "\\frac{" * 999]
     for text in hostile:
         episode = task.sample("train", rng)
-        start = time.perf_counter()
+        start = time.process_time()
         observation, reward, done = episode.step(text)
-        assert time.perf_counter() - start < 0.1
+        assert time.process_time() - start < 0.1
         assert episode.history == ("no_answer",) and not episode.success and reward == episode.outcomes["no_answer"][0]
         assert done == (episode.attempts == 1) and len(observation) < 200
         episode.recognised(text)
