@@ -3,10 +3,10 @@
     python base/make.py --families gp --steps 9000 --compile --out first    # General Points is the slow one to learn
     python base/make.py --init first --steps 2700 --compile                 # all three families: writes base/
     python base/make.py --pictures --init base --steps 1100 --tokens 8000   # with eyes: writes base-vl/
-    python base/make.py --families gp --steps 700 --compile --out base/early   # General Points, early in its pretraining
+    python base/make.py --families math --steps 700 --tokens 5000 --out base/early   # mathematics, early in its pretraining
     python base/make.py --steps 20 --out some/folder                        # a trial
 
-51, 43 and 27 minutes (the last on one core of two) for the shipped ones, 14 (beside other work) for base/early. The first
+51, 43 and 27 minutes (the last on one core of two) for the shipped ones, 4 on one core for base/early. The first
 stage was run with this script as it was at commit 90dd5a8, when General Points was all there was: 9,000 steps of 128
 examples, rows not packed.
 
