@@ -1,10 +1,10 @@
 """Seconds and peak memory per step of every method, side by side: whole short runs in turn, round after round.
 
     python benchmarks/cost.py                    # General Points, default sizes, on the CPU or the GPU that is there
-    python benchmarks/cost.py --prompts 8 --steps 20 --methods fixed amft
+    python benchmarks/cost.py --steps 10 --methods fixed amft
 
-A method's seconds a step are those of its run (evaluations apart) divided by its steps; all methods have the same steps,
-and the samples and demonstrations that they themselves take of so many prompts. Quoted: the median over rounds, and the
+A method's seconds a step are those of its run (evaluations apart) divided by its steps; all methods have the same steps
+and, where they sample, the same responses, the controller's included, as in a comparison. Quoted: the median over rounds, and the
 median over rounds of the ratio to `fixed` in the same round, which a noisy machine disturbs less. Memory: the highest
 resident size of the run's process less that of one which loads the policy and stops (on a GPU: what torch allocated at
 most).
@@ -50,8 +50,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=sorted(rivals.METHODS), default=list(rivals.METHODS))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--advantage", default="group")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     empty, gpu = run("load")
@@ -61,8 +59,7 @@ def main():
         for number in range(args.rounds):
             for name in tqdm(methods, desc=f"round {number + 1}", leave=False):
                 out = Path(folder) / f"{name}-{number}"
-                flags = dict(steps=args.steps, warmup=0, prompts=args.prompts, sft_batch=2 * args.prompts,
-                             advantage=args.advantage, seed=number)
+                flags = dict(steps=args.steps, warmup=0, seed=number, responses=64 * args.steps)  # 8 x 8 a step
                 given = (f"--{flag.replace('_', '-')}={value}" for flag, value in flags.items()
                          if flag not in rivals.METHODS[name].unused)  # what a method does not read is refused
                 peaks[name], _ = run("--task", "gp", "--method", name, "--out", str(out), *given)
