@@ -11,6 +11,7 @@ those with a meta-gradient.
 """
 
 import argparse
+import contextlib
 import json
 import shlex
 import statistics
@@ -75,19 +76,14 @@ def unpack(table, folder):
             out.mkdir(parents=True)
             write(out / "metrics.jsonl", rows)
             run, seed = str(out.relative_to(folder)).rsplit("-", 1)
-            if (trial := run.removeprefix("search/").rpartition("."))[0] in table[0]["runs"] or run in table[0]["runs"]:
-                flags = trial_flags(table[0], trial[0], int(trial[2])) if run.startswith("search/") else flags_of(table, run)
-                Path(f"{out}.txt").write_text(shlex.join(words(table[0], flags, seed)) + "\n")
+            with contextlib.suppress(LookupError):  # a run that the spec has no more
+                Path(f"{out}.txt").write_text(shlex.join(words(table[0], flags_of(table, run), seed)) + "\n")
     write(folder / "spec.json", [{key: value for key, value in table[0].items() if key != "kind"}])
 
 
 def words(spec, flags, seed):
     """What a run is started with, but for --out; the first line of what it prints."""
     return [*shlex.split(f"{spec['common']} {flags}"), "--seed", str(seed)]
-
-
-def trial_flags(spec, name, i):
-    return f"{spec['runs'][name][i]} {spec['search'].get('flags', '')}"
 
 
 def write(path, table):
@@ -160,7 +156,11 @@ def trial_values(table, name):
 
 
 def flags_of(table, name):
-    """A run's own flags: of a list those of the best trial, the first of equals; for @NAME another run's."""
+    """A run's own flags: of a list those of the best trial, the first of equals; for @NAME another run's; of a trial,
+    search/NAME.i, those of the list's entry and the search's."""
+    if name.startswith("search/"):
+        run, _, i = name.removeprefix("search/").rpartition(".")
+        return f"{table[0]['runs'][run][int(i)]} {table[0]['search'].get('flags', '')}"
     own = table[0]["runs"][name]
     if isinstance(own, list):
         values = trial_values(table, name)

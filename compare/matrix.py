@@ -40,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare.logs import collect, finished, flags_of, read, trial_flags, words  # noqa: E402
+from compare.logs import collect, finished, flags_of, read, words  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = [sys.executable, "compare/rivals.py"]
@@ -48,9 +48,9 @@ PROGRAM = [sys.executable, "compare/rivals.py"]
 
 def trials(spec, only="*"):
     """[(name, seed, flags)] of the search."""
-    return [(f"search/{name}.{i}", spec["search"]["seed"], trial_flags(spec, name, i))
-            for name, own in spec["runs"].items() if isinstance(own, list) and fnmatch.fnmatch(name, only)
-            for i in range(len(own))]
+    names = [f"search/{name}.{i}" for name, own in spec["runs"].items()
+             if isinstance(own, list) and fnmatch.fnmatch(name, only) for i in range(len(own))]
+    return [(name, spec["search"]["seed"], flags_of([spec], name)) for name in names]
 
 
 def cells(spec, folder, only="*"):

@@ -261,10 +261,10 @@ def snr(table):
                           f"{noise:.1e}", f"{z:.2f}", need])
     return ["# Is the meta-gradient a signal?", "", "Made by `python compare/tables.py snr` from `snr.jsonl`: "
             f"{len({r['seed'] for r in rows})} seeds, after steps {', '.join(map(str, sorted({r['step'] for r in rows})))} "
-            f"of a fixed mixture (`{spec['common']}`); {spec['prompts']} prompts x {spec['samples']} samples an estimate. Signal: root mean "
-            "square of dU/dmu, less what the noise of the estimates adds to it. Noise: standard error of what a run can "
-            f"afford, {many} responses. z: their ratio; responses for z = 2: what a meta-gradient would have to sample to be "
-            "that sure of its sign.",
+            f"of a fixed mixture (`{spec['common']}`); {spec['prompts']} prompts x {spec['samples']} samples an estimate. "
+            "Signal: root mean square of dU/dmu, less what the noise of the estimates adds to it. Noise: standard error of what a run can "
+            f"afford, {many} responses. z: their ratio; responses for z = 2: what a meta-gradient would have to sample to "
+            "be that sure of its sign.",
             *markdown(["estimated on", "trace", "dU/dmu, mean", "negative", "signal", f"noise of {many}", f"z of {many}",
                        "for z = 2"], lines)]
 
