@@ -175,6 +175,12 @@ def search(table, names):
     return markdown(["method", *[""] * (most - 1)], [line + [""] * (most - len(line)) for line in lines])
 
 
+def ablations(study, reference):
+    """The runs whose flags are the reference's and some more."""
+    return [name for name in study.names if str(study.spec["runs"].get(study.full(name))).startswith(
+        f"@{study.full(reference)} ")]
+
+
 def searched(study):
     return [name for name in study.names if isinstance(study.spec["runs"].get(study.full(name)), list)]
 
@@ -219,13 +225,18 @@ def plain(table):
         text += ["", f"## {group or 'Runs'}", "", f"Commit {commits(study)}, torch "
                  f"{study.of(study.names[0], 'config')[0]['torch']}; `python compare/rivals.py {table[0]['common']}`, and:",
                  "", *(f"- {name}: `{flags_of(table, study.full(name))}`" for name in study.names)]
+        ablated = ablations(study, reference)
+        methods = [name for name in study.names if name not in ablated]
         for measure, title in MEASURES.items():
             if all(row[measure] is not None for name in study.names for row in study.of(name, "eval")):
-                text += ["", f"{title}:", *ends(study, study.names, measure)]
+                text += ["", f"{title}:", *ends(study, methods, measure)]
         if reference in study.names and len(study.names) > 1:
             text += ["", f"Paired difference in success from {reference}, points; bold where the interval does not hold 0 "
                      "(one in twenty would by chance):"]
-            text += paired(study, [name for name in study.names if name != reference], reference)
+            text += paired(study, [name for name in methods if name != reference], reference)
+        if ablated:
+            text += ["", f"Ablations, {reference} with other flags. Success of sampled responses:", *ends(study, ablated),
+                     "", f"Paired difference from {reference}, as above:", *paired(study, ablated, reference)]
         if "costs" in table[0]:
             text += ["", f"Success at equal seconds, those of {table[0]['clock']}, by the seconds a step that `python "
                      "benchmarks/cost.py` gives when it runs all side by side; a method with slower steps is cut short, "

@@ -170,6 +170,16 @@ def test_a_table_of_all_groups(tmp_path):
     assert "## gp" in text and "## virl" in text
 
 
+def test_ablations_have_a_table_of_their_own(tmp_path):
+    toy = study(tmp_path, dict(runs={"gp/amft": "", "gp/rl": "", "gp/cold": "@gp/amft --warmup 0", "gp/half": "@gp/rl --mu 1"}),
+                **{f"gp/{name}-{seed}": ended(x) for seed in (0, 1) for name, x in dict(amft=0.5, rl=0.6, cold=0.7, half=0.8).items()})
+    table = logs.collect(toy)
+    text = "\n".join(tables.plain([dict(table[0], study="toy"), *table[1:]]))
+    methods, own = text.split("Ablations, ")
+    assert "| half | 2 | 80.0" in methods and "| half | **30.0" in methods and "cold |" not in methods
+    assert "| cold | 2 | 70.0 ± 0.0 |" in own and "| cold | **20.0 ± 0.0** |" in own and "| half | 2 | 80.0" not in own
+
+
 def test_equal_seconds_cut_the_slower_short(tmp_path):
     """By hand: 4 steps of 1.5 seconds are 6; at 2 seconds a step 3 steps, half way from the evaluation after 2, at 20%,
     to that after 4, at 60%."""
