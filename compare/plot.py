@@ -26,7 +26,7 @@ ADAPTIVE = ("amft", "gac", "sasr", "superrl", "hpt")
 
 def styles(study, names):
     return (dict(zip(names, cycle(plt.get_cmap("tab20").colors))) | {"amft": "black"},
-            dict(zip(names, cycle("osD^vPDX<>phd8Hs"))))
+            dict(zip(names, cycle("osD^vPX<>phd8H*"))))
 
 
 def methods(study):
