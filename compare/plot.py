@@ -1,7 +1,7 @@
 """Figures (needs matplotlib): of recorded studies, from compare/recorded/STUDY.jsonl alone, or the curves of one run.
 
     python compare/plot.py gp             # compare/recorded/gp-{pareto,curves,mu}.png
-    python compare/plot.py tasks math     # of its group math: tasks-math-{curves,mu}.png
+    python compare/plot.py tasks virl     # of its group virl: tasks-virl-{curves,mu}.png
     python compare/plot.py runs/gp        # runs/gp/curves.png
 """
 
