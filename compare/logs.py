@@ -91,6 +91,9 @@ def write(path, table):
 
 
 def recorded(study):
+    if not (RECORDED / f"{study}.jsonl").exists():
+        raise ValueError(f"{study}: is not a recorded study; those are "
+                         + ", ".join(sorted(path.stem for path in RECORDED.glob("*.jsonl"))))
     return [json.loads(line) for line in (RECORDED / f"{study}.jsonl").read_text().splitlines()]
 
 
@@ -99,7 +102,8 @@ class Study:
 
     def __init__(self, table, group=""):
         self.spec, self.group, self.runs = table[0], group, {}
-        self.groups = list(dict.fromkeys(row["run"].rpartition("/")[0] for row in table[1:]))
+        self.groups = list(dict.fromkeys(row["run"].rpartition("/")[0] for row in table[1:]
+                                         if not row["run"].startswith("search/")))
         for row in table[1:]:
             of, _, name = row["run"].rpartition("/")
             if of == group:
@@ -140,6 +144,15 @@ class Study:
 
     def ends(self, name, split, measure="success"):
         return [self.at_end(name, seed, split, measure) for seed in self.seeds(name)]
+
+
+def study_of(name, group=""):
+    """A group of a recorded study; ValueError says which there are."""
+    table = recorded(name)
+    groups = Study(table).groups if "runs" in table[0] else []
+    if group not in groups:
+        raise ValueError(f"{name} has no runs of the group '{group}'; its groups: {', '.join(map(repr, groups)) or 'none'}")
+    return Study(table, group)
 
 
 def first(value):

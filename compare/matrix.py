@@ -120,6 +120,10 @@ def main():
         spec = json.loads(text.split("\n")[0] if args.spec.suffix == ".jsonl" else text)
     except (OSError, ValueError) as error:
         parser.error(f"{args.spec}: is not a spec ({error})")
+    if not fnmatch.filter(spec["runs"], args.only):
+        parser.error(f"--only {args.only}: no run has such a name; they are {', '.join(spec['runs'])}")
+    if not set(args.seeds or spec["seeds"]) <= set(spec["seeds"]):
+        parser.error(f"--seeds: must be among the spec's, {' '.join(map(str, spec['seeds']))}")
     folder = ROOT / "runs" / args.spec.stem
     folder.mkdir(parents=True, exist_ok=True)
     before = json.loads((folder / "spec.json").read_text()) if (folder / "spec.json").exists() else {}

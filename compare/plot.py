@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tasks  # noqa: E402
-from compare.logs import RECORDED, Study, read, recorded  # noqa: E402
+from compare.logs import RECORDED, read, study_of  # noqa: E402
 from compare.tables import searched  # noqa: E402
 
 ADAPTIVE = ("amft", "gac", "sasr", "superrl", "hpt")
@@ -118,9 +118,8 @@ def controllers(study):
     return figure
 
 
-def figures(table, group=""):
-    """{name: figure} of every figure that the group's runs allow."""
-    study = Study(table, group)
+def figures(study):
+    """{name: figure} of every figure that its runs allow."""
     drawn = {"curves": curves(study)}
     if set(ADAPTIVE) & set(study.names):
         drawn["mu"] = controllers(study)
@@ -137,7 +136,11 @@ def main():
     if (Path(args.what) / "metrics.jsonl").exists():
         tasks.curves(read(args.what), Path(args.what) / "curves.png")
         return print(Path(args.what) / "curves.png")
-    for name, figure in figures(recorded(args.what), args.group).items():
+    try:
+        study = study_of(args.what, args.group)
+    except ValueError as error:
+        parser.error(str(error))
+    for name, figure in figures(study).items():
         path = RECORDED / f"{'-'.join(filter(None, (args.what, *args.group.split('/'), name)))}.png"
         figure.savefig(path, dpi=110)
         print(path)

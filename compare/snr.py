@@ -10,6 +10,7 @@ training prompts, which a run samples anyway: conversation by conversation, and 
 with the same random numbers. To record it: cp runs/snr.jsonl compare/recorded/ && python compare/tables.py snr.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -102,6 +103,7 @@ class Probe(amft.Method):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     LOG.parent.mkdir(exist_ok=True)
     if not LOG.exists():
         LOG.write_text(json.dumps(dict(kind="spec", prompts=PROMPTS, samples=SAMPLES, afford=AFFORD, common=FLAGS)) + "\n")

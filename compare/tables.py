@@ -1,7 +1,8 @@
 """Tables of recorded runs, from compare/recorded/STUDY.jsonl alone, into STUDY.md beside it.
 
     python compare/tables.py            # of every study
-    python compare/tables.py rivals     # of this one
+    python compare/tables.py gp         # of this one
+    python compare/tables.py gp --against fixed-0.3    # print the paired differences from this run instead
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare.logs import RECORDED, Study, flags_of, recorded, trial_values  # noqa: E402
+from compare.logs import RECORDED, Study, flags_of, recorded, study_of, trial_values  # noqa: E402
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t
 MEASURES = {"success": "Success of sampled responses", "any": "Solved by any of the samples", "greedy": "Greedy success",
@@ -199,9 +200,9 @@ def commits(study):
     return ", ".join(f"`{commit}`" for commit in found)
 
 
-def together(table, groups):
+def together(table):
     """Success of every group's runs on its splits, a column a run."""
-    studies = [Study(table, group) for group in groups]
+    studies = [Study(table, group) for group in Study(table).groups]
     names = list(dict.fromkeys(name for study in studies for name in study.names))
     return ["", "Success of sampled responses:", *markdown(["task", "split", "base", *names], [
         ["" if i else study.group, split, base(study, split),
@@ -218,8 +219,8 @@ def plain(table):
     text = [f"# {name}", "", f"Made by `python compare/tables.py {name}` from `{name}.jsonl`. Percent, at the end of the run; "
             "mean over seeds and half-width of its 95% t-interval. Base: the policy before, with the 95% interval over its "
             "problems."]
-    groups = [group for group in Study(table).groups if not group.startswith("search")]
-    text += together(table, groups) if len(groups) > 1 else []
+    groups = Study(table).groups
+    text += together(table) if len(groups) > 1 else []
     for group in groups:
         study = Study(table, group)
         text += ["", f"## {group or 'Runs'}", "", f"Commit {commits(study)}, torch "
@@ -292,9 +293,22 @@ def text(study):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="*", default=sorted(path.stem for path in RECORDED.glob("*.jsonl")))
-    for study in parser.parse_args().study:
-        (RECORDED / f"{study}.md").write_text(text(study))
-        print(RECORDED / f"{study}.md")
+    parser.add_argument("--against", metavar="RUN", help="of the one study that is named: print differences, write nothing")
+    args = parser.parse_args()
+    try:
+        if args.against:
+            if len(args.study) != 1:
+                parser.error("--against: name one study before it")
+            group, _, run = args.against.rpartition("/")
+            study = study_of(args.study[0], group)
+            if run not in study.names:
+                parser.error(f"--against {args.against}: must be one of {', '.join(study.names)}")
+            return print("\n".join(paired(study, [name for name in study.names if name != run], run)[1:]))
+        for study in args.study:
+            (RECORDED / f"{study}.md").write_text(text(study))
+            print(RECORDED / f"{study}.md")
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

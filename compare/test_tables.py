@@ -26,9 +26,8 @@ def test_the_readme_prints_the_recorded_table():
     assert four.table(study) in (Path(__file__).resolve().parent.parent / "README.md").read_text()
     tasks, readme = logs.recorded("tasks"), (Path(__file__).resolve().parent / "README.md").read_text()
     ablated = tables.ablations(study, "amft")
-    groups = [group for group in logs.Study(tasks).groups if not group.startswith("search")]
     for whole in (tables.ends(study, [name for name in study.names if name not in ablated]),
-                  tables.paired(study, ablated, "amft"), tables.together(tasks, groups)[2:]):
+                  tables.paired(study, ablated, "amft"), tables.together(tasks)[2:]):
         assert "\n".join(whole[1:]) in readme
 
 
@@ -194,6 +193,36 @@ def test_equal_seconds_cut_the_slower_short(tmp_path):
         "rl-0": steps(0.1, 0.3, 0.5), "sft-0": steps(0.1, 0.2, 0.3), "slow-0": steps(0.1, 0.2, 0.6)})))
     assert tables.equal_seconds(toy)[3:] == ["| sft | 1.00 | 4 | 30.0 | 30.0 | 30.0 |", "| rl | 1.50 | 4 | 50.0 | 50.0 | 50.0 |",
                                              "| slow | 2.00 | 3 | 40.0 | 40.0 | 40.0 |"]
+
+
+def test_differences_from_any_run_are_printed(monkeypatch, capsys):
+    """The recorded difference of two runs, the other way round."""
+    monkeypatch.setattr(sys, "argv", ["tables.py", "gp", "--against", "rl"])
+    tables.main()
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| amft |"))
+    assert "| -1.2 ± 3.7 | **8.4 ± 1.5** |" in row
+    assert "| rl | 1.2 ± 3.7 | **-8.4 ± 1.5** |" in (logs.RECORDED / "gp.md").read_text()
+
+
+@pytest.mark.parametrize("words, says", [
+    (["nonsense"], "those are default, gp, snr, tasks"), (["gp", "--against", "nobody"], "must be one of amft, "),
+    (["--against", "rl"], "name one study"), (["tasks", "--against", "rl"], "its groups: 'gp-vl', 'virl', 'virl-vl'"),
+    (["snr", "--against", "rl"], "its groups: none")])
+def test_what_is_not_recorded_is_refused_in_a_line(words, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tables.py", *words])
+    with pytest.raises(SystemExit) as refused:
+        tables.main()
+    assert refused.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words, says", [(["--only", "nobody"], "they are rl"), (["--seeds", "3"], "the spec's, 0 1")])
+def test_a_matrix_of_nothing_is_refused(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    (tmp_path / "toy.json").write_text(json.dumps(dict(common="", seeds=[0, 1], runs=dict(rl=""))))
+    monkeypatch.setattr(sys, "argv", ["matrix.py", str(tmp_path / "toy.json"), *words])
+    with pytest.raises(SystemExit) as refused:
+        matrix.main()
+    assert refused.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_the_first_of_equal_trials_is_chosen(tmp_path):
