@@ -332,7 +332,7 @@ def test_the_standard_error_of_the_meta_gradient_covers():
     scores = torch.stack([torch.stack([flat_grad(exact_logps(model, p)[y], model) @ tangent for y in range(len(ALL))])
                           for p in PROMPTS])
     truth = (probabilities * reward * scores).sum().item() / 3
-    P, G, repetitions = 12, 4, 150
+    P, G, repetitions = 24, 4, 150
     estimates, errors = np.zeros(repetitions), np.zeros(repetitions)
     for i in range(repetitions):
         which = torch.randint(3, (P,))
@@ -342,8 +342,8 @@ def test_the_standard_error_of_the_meta_gradient_covers():
         estimates[i], errors[i] = amft.meta_gradient(model, tangent, rollouts_of(batch, success), configured())
     assert abs(estimates.mean() - truth) < 4.5 * estimates.std() / math.sqrt(repetitions)
     assert np.sqrt(np.mean(errors ** 2)) == pytest.approx(estimates.std(), rel=0.45)
-    # Half the error would cover 67%. Of 12 prompts, where success is rare, the mean is skewed: 95% is not reached.
-    assert np.mean(abs(estimates - truth) < 1.96 * errors) > 0.7
+    # Half the error would cover 67%; where success is rare the mean of so few prompts is skewed, and 95% is not reached.
+    assert np.mean(abs(estimates - truth) < 1.96 * errors) > 0.78
 
 
 def test_adams_first_step_hides_mu():
