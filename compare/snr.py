@@ -102,8 +102,8 @@ class Probe(amft.Method):
                              for trace, last in self.tangents.items()}
 
 
-def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def main(argv=None):
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     LOG.parent.mkdir(exist_ok=True)
     if not LOG.exists():
         LOG.write_text(json.dumps(dict(kind="spec", prompts=PROMPTS, samples=SAMPLES, afford=AFFORD, common=FLAGS)) + "\n")

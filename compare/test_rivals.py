@@ -436,7 +436,7 @@ def test_the_probe_of_the_meta_gradient_runs_to_its_table(tiny, tmp_path, monkey
     monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: "correct" if len(text) % 3 == 0 else "no_answer")
     monkeypatch.setattr(snr, "FLAGS", f"--task gp --model {tiny} --steps 5 --warmup 2 --prompts 2 --samples 2 --demos 40 "
                         "--sft-batch 4 --advantage group --lr 1e-3 --max-new-tokens 34 --device cpu")
-    snr.main()
+    snr.main([])
     rows = [json.loads(line) for line in snr.LOG.read_text().splitlines()][1:]
     assert len(rows) == 3 * (2 * 2 * len(snr.TRACES) + 2) and all(math.isfinite(row["value"]) for row in rows)
     both = {(row["source"], row["trace"]): row["value"] for row in rows if row["seed"] == 200}
