@@ -118,6 +118,8 @@ def main():
     try:
         text = args.spec.read_text()
         spec = json.loads(text.split("\n")[0] if args.spec.suffix == ".jsonl" else text)
+        if not isinstance(spec, dict) or not {"common", "seeds", "runs"} <= set(spec):
+            raise ValueError('it needs "common", "seeds" and "runs"')
     except (OSError, ValueError) as error:
         parser.error(f"{args.spec}: is not a spec ({error})")
     if not fnmatch.filter(spec["runs"], args.only):

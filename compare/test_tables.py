@@ -215,10 +215,11 @@ def test_what_is_not_recorded_is_refused_in_a_line(words, says, monkeypatch, cap
     assert refused.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("words, says", [(["--only", "nobody"], "they are rl"), (["--seeds", "3"], "the spec's, 0 1")])
-def test_a_matrix_of_nothing_is_refused(words, says, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("words, says, runs", [
+    (["--only", "nobody"], "they are rl", "runs"), (["--seeds", "3"], "the spec's, 0 1", "runs"), ([], "it needs", "run")])
+def test_a_matrix_of_nothing_is_refused(words, says, runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(matrix, "ROOT", tmp_path)
-    (tmp_path / "toy.json").write_text(json.dumps(dict(common="", seeds=[0, 1], runs=dict(rl=""))))
+    (tmp_path / "toy.json").write_text(json.dumps(dict(common="", seeds=[0, 1], **{runs: dict(rl="")})))
     monkeypatch.setattr(sys, "argv", ["matrix.py", str(tmp_path / "toy.json"), *words])
     with pytest.raises(SystemExit) as refused:
         matrix.main()
