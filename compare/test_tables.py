@@ -206,7 +206,7 @@ def test_differences_from_any_run_are_printed(monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, says", [
     (["nonsense"], "those are default, gp, snr, tasks"), (["gp", "--against", "nobody"], "must be one of amft, "),
-    (["--against", "rl"], "name one study"), (["tasks", "--against", "rl"], "its groups: 'gp-vl', 'math', 'virl', 'virl-vl'"),
+    (["--against", "rl"], "name one study"), (["tasks", "--against", "rl"], "its groups: 'gp-1e-4', 'gp-vl', 'math', 'math-1e-4'"),
     (["snr", "--against", "rl"], "its groups: none")])
 def test_what_is_not_recorded_is_refused_in_a_line(words, says, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tables.py", *words])
