@@ -23,626 +23,775 @@ Differs from the paper:
     python amft.py --task gp --method sft-rl    # or sft, rl, fixed; other rivals have their own file
     python amft.py --resume runs/gp             # go on with a run that was cut off
 
-Shapes: P prompts, G samples of each, B = P * G conversations, S tokens of the whole, T after the prompt,
-V vocabulary, D width, N parameters. theta, gradients and Adam's moments are flat (N,).
+Start reading at `train`, which is Algorithm 1. Shapes: P prompts, G samples of each, B = P * G conversations,
+S tokens of the whole, T after the prompt, V vocabulary, D width, N parameters. theta, gradients and Adam's
+moments are flat, (N,).
 """
 
-import argparse, copy, dataclasses, inspect, io, json, math, os, random, re, sys, time  # noqa: E401
+import copy
+import dataclasses
+import math
+import random
+import signal
+import sys
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
-import torch
-from tqdm import tqdm
+from harness.arguments import METHOD_FLAGS, flag, parse, stop_quietly
+from harness.screen import table
+from tasks import IMAGE, TASKS, Episode, Task
 
-from tasks import (
-    TASKS, Batch, InParts, curves, device_of, encode_demos, flatten, generation, load_policy, outputs, read,
-    room_of, say, show, sliced, table, vector_to_parameters, wide)
-
-# --- Configuration: the flags. Their comments are what --help prints ---
-
-def flag(default, low=None, high=math.inf, choices=None):
-    return dataclasses.field(default=default, metadata=dict(low=low, high=high, choices=choices))
+# --- Configuration: the flags ---
 
 @dataclasses.dataclass
 class Config:
     # The mixture
-    method: str = flag("amft")  # what chooses mu
-    mu: float = flag(0.5, 0, 1)  # mu of fixed, and where amft starts
-    warmup: int = flag(10, 0)  # W: the first steps, SFT alone; of sft-rl 0: half
+    method: str = flag("amft", "what chooses mu")
+    mu: float = flag(0.5, "mu of fixed, and where amft starts", 0, 1)
+    warmup: int = flag(10, "W: the first steps, SFT alone; of sft-rl 0: half", 0)
     # The controller
-    controller: str = flag("evidence", choices=("evidence", "paper"))  # paper: Eq. 6, trace 0, U on val
-    eta_mu: float = flag(0.05, 0)  # most that a step moves mu; paper: its rate; 0: no meta-gradient
-    eta_h: float = flag(0.5, -1e6, 1e6)  # mu's move per step and nat of entropy below H*
-    mu_min: float = flag(0.05, 0, 1)  # mu stays at or above
-    mu_max: float = flag(0.95, 0, 1)  # mu stays at or below
-    utility: str = flag("both", choices=("val", "train", "both"))  # whose success; train: the step's prompts'
-    meta_every: int = flag(5, 1)  # K: steps between looks at validation prompts
-    trace: float = flag(0.98, 0, 1)  # share of d theta/d mu that is carried on; 0: Eq. 5
+    controller: str = flag("evidence", "paper: Eq. 6, trace 0, U on val", choices=("evidence", "paper"))
+    eta_mu: float = flag(0.05, "most that a step moves mu; paper: its rate; 0: no meta-gradient", 0)
+    eta_h: float = flag(0.5, "mu's move per step and nat of entropy below H*", -1e6, 1e6)
+    mu_min: float = flag(0.05, "mu stays at or above", 0, 1)
+    mu_max: float = flag(0.95, "mu stays at or below", 0, 1)
+    utility: str = flag("both", "whose success; train: the step's own prompts'", choices=("val", "train", "both"))
+    meta_every: int = flag(5, "K: steps between looks at validation prompts", 1)
+    trace: float = flag(0.98, "share of d theta/d mu that is carried on; 0: Eq. 5", 0, 1)
     # Exploration
-    prompts: int = flag(32, 2)  # P: prompts in a step
-    samples: int = flag(8, 2)  # G: samples of a prompt
-    temperature: float = flag(1.0, 0.01)  # of sampling and log-probabilities
-    max_new_tokens: int = flag(40, 1)  # longest response
-    reward: str = flag("binary", choices=("binary", "graded"))  # 1/0 (Eq. 1), or the task's own points
-    advantage: str = flag("gae", choices=("gae", "group"))  # over phi, or a prompt's other samples
-    clip: float = flag(0.2, 0, 1)  # PPO's range of the ratio
-    ppo_epochs: int = flag(1, 1)  # updates with each batch of samples
+    prompts: int = flag(32, "P: prompts in a step", 2)
+    samples: int = flag(8, "G: samples of a prompt", 2)
+    temperature: float = flag(1.0, "of sampling and log-probabilities", 0.01)
+    max_new_tokens: int = flag(40, "longest response", 1)
+    reward: str = flag("binary", "1/0 (Eq. 1), or the task's own points", choices=("binary", "graded"))
+    advantage: str = flag("gae", "over phi, or over a prompt's other samples", choices=("gae", "group"))
+    clip: float = flag(0.2, "PPO's range of the ratio", 0, 1)
+    ppo_epochs: int = flag(1, "updates with each batch of samples", 1)
     # Imitation
-    imitation: str = flag("nll", choices=("nll", "rectified"))  # Eq. 2; rectified: times each token's own p
-    demos: int = flag(20000, 1)  # training problems, a demonstration each
-    sft_batch: int = flag(64, 1)  # demonstrations in a step
+    imitation: str = flag("nll", "Eq. 2; rectified: times each token's own p", choices=("nll", "rectified"))
+    demos: int = flag(20000, "training problems, a demonstration each", 1)
+    sft_batch: int = flag(64, "demonstrations in a step", 1)
     # The run
-    steps: int = flag(100, 1)  # in all, the warm-up's included
-    lr: float = flag(1e-4, 1e-12)  # alpha at the first step; it falls linearly to 0
-    task: str = flag("gp", choices=tuple(TASKS))  # the task
-    model: str = flag("base")  # checkpoint folder or hub name; base: the one here
-    data: str = flag("")  # math: your problems, .jsonl: prompt, solution, answer
-    data_test: str = flag("")  # math: more of them, only evaluated
-    eval_n: int = flag(400, 1)  # episodes of a split, at most
-    val_every: int = flag(0, 0)  # steps between evaluations on val; 0: none
-    seed: int = flag(0, 0, 2 ** 62)  # same seed, same CPU: same log
-    device: str = flag("auto")  # auto: the first here of cuda, mps, cpu
-    micro_tokens: int = flag(4096, 1)  # tokens in a pass, a sequence at least: memory only
-    gradient_checkpointing: int = flag(0, 0, 1)  # less memory, more time
-    bf16: int = flag(0, 0, 1)  # the policy in bfloat16; theta and its sums in float32
+    steps: int = flag(100, "in all, the warm-up's included", 1)
+    lr: float = flag(1e-4, "alpha at the first step; it falls linearly to 0", 1e-12)
+    task: str = flag("gp", "the task", choices=tuple(TASKS))
+    model: str = flag("base", "checkpoint folder or hub name; base: the one here")
+    data: str = flag("", "math: your problems, .jsonl: prompt, solution, answer")
+    data_test: str = flag("", "math: more of them, only evaluated")
+    eval_n: int = flag(400, "episodes of a split, at most", 1)
+    val_every: int = flag(0, "steps between evaluations on val; 0: none", 0)
+    seed: int = flag(0, "same seed, same CPU: same log", 0, 2 ** 62)
+    device: str = flag("auto", "auto: the first here of cuda, mps, cpu")
+    micro_tokens: int = flag(4096, "tokens in a pass, a sequence at least: memory only", 1)
+    gradient_checkpointing: int = flag(0, "less memory, more time", 0, 1)
+    bf16: int = flag(0, "the policy in bfloat16; theta and its sums in float32", 0, 1)
 
-EVALUATES = "task model data data_test eval_n temperature max_new_tokens device bf16 smoke eval_only".split()
-SMOKE = dict(steps=9, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, meta_every=2, eval_n=40)
+if __name__ == "__main__":  # now, since torch takes seconds to import: --help and a mistyped flag answer at once
+    signal.signal(signal.SIGINT, stop_quietly)
+    parse(None, Config, TASKS, METHOD_FLAGS, __doc__)
 
-# --- Policy: the log-probabilities of token ids ---
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn.utils import parameters_to_vector, vector_to_parameters  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
+from transformers import Cache, PreTrainedModel as Model, PreTrainedTokenizerBase as Tokenizer  # noqa: E402
 
-def token_logps(logits, ids):  # (B, T, V), (B, T) -> log-probability of each id (B, T), float32 at least
-    return wide(logits).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+from harness.cache import max_length, with_room  # noqa: E402
+from harness.memory import by_rows, by_slices  # noqa: E402
+from harness.loading import load_policy, make_task  # noqa: E402
+from harness.run import Run, one_line_errors  # noqa: E402
+from harness.value import value_function  # noqa: E402
 
-def logps_of(model, batch, temperature=1.0):  # (B, T)
-    return InParts.apply(token_logps, outputs(model, batch, temperature)[0], batch.responses)
+# --- The policy: conversations as token ids ---
+
+class Batch(NamedTuple):
+    """B conversations. Prompts are left-padded, so that every first response starts in the same column; after
+    it, turns of different length leave holes, which attention hides."""
+    input_ids: Tensor  # (B, S)
+    attention_mask: Tensor  # (B, S), 1 on real tokens
+    response_mask: Tensor  # (B, T), from the first response on: 1.0 on the policy's own tokens, ends included
+    images: list  # B, each row's pictures in reading order, a list of (H, W, 3) uint8
+
+    def rows(self, rows):
+        chosen = torch.arange(len(self.input_ids), device=self.input_ids.device)[rows].tolist()
+        images = [self.images[i] for i in chosen]
+        return Batch(self.input_ids[rows], self.attention_mask[rows], self.response_mask[rows], images)
+
+    @property
+    def responses(self):  # (B, T)
+        return self.input_ids[:, -self.response_mask.shape[1]:]
+
+def stop_token_ids(model: Model) -> list:
+    """Ids of the tokens that end a response; the first is the one that demonstrations teach."""
+    ids = model.generation_config.eos_token_id
+    return ids if isinstance(ids, list) else [ids]
+
+def encode_text(model: Model, tokenizer: Tokenizer, text: str,
+                first: bool = True) -> list:
+    """Token ids of what a task shows: a prompt (first), or an observation."""
+    if IMAGE in text:  # a picture takes the place of so many tokens
+        vision = model.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        text = text.replace(IMAGE, IMAGE * patches)
+    if tokenizer.chat_template:
+        from recipes.checkpoints import encode_chat
+        return encode_chat(tokenizer, text, first)
+    return tokenizer(text, add_special_tokens=first)["input_ids"]
+
+def encode_observations(model: Model, tokenizer: Tokenizer, episodes: list, texts: list,
+                        first: bool = False) -> tuple:
+    """(ids, attention mask, each (B, width) and left-padded, images) of what episodes show; "" is one end."""
+    end = stop_token_ids(model)[:1]
+    ids = [encode_text(model, tokenizer, text, first) if text else end for text in texts]
+    padded = tokenizer.pad(dict(input_ids=ids), padding_side="left", return_tensors="pt").to(model.device)
+    images = [[episode.image] if IMAGE in text else [] for episode, text in zip(episodes, texts)]
+    return padded["input_ids"], padded["attention_mask"], images
+
+def encode_demos(model: Model, tokenizer: Tokenizer, episodes: list) -> Batch:
+    """The Batch of the episodes' demonstrations."""
+    prompts, rests, masks, images = [], [], [], []
+    for episode in episodes:
+        turns = episode.demonstration()
+        rest, mask = [], []
+        for turn in turns:
+            if turn is not turns[0]:  # an observation
+                shown = encode_text(model, tokenizer, turn.shown, first=False)
+                rest += shown
+                mask += [0.0] * len(shown)
+            response = tokenizer(turn.response, add_special_tokens=False)["input_ids"]
+            response += stop_token_ids(model)[:1]  # it carries loss, or the policy would never learn to stop
+            rest += response
+            mask += [float(turn.learn)] * len(response)
+        prompts.append(encode_text(model, tokenizer, turns[0].shown))
+        rests.append(rest)
+        masks.append(torch.tensor(mask, device=model.device))
+        images.append([turn.image for turn in turns if turn.image is not None])
+    prompts = tokenizer.pad(dict(input_ids=prompts), padding_side="left", return_tensors="pt")
+    rests = tokenizer.pad(dict(input_ids=rests), padding_side="right", return_tensors="pt")
+    input_ids = torch.cat([prompts["input_ids"], rests["input_ids"]], 1).to(model.device)
+    attention_mask = torch.cat([prompts["attention_mask"], rests["attention_mask"]], 1).to(model.device)
+    return Batch(input_ids, attention_mask, pad_sequence(masks, True), images)
+
+# --- The policy: log-probabilities ---
+
+def model_inputs(input_ids: Tensor, attention_mask: Tensor, images: list, start: int = 0) -> dict:
+    """What the model takes of the columns from `start` on; those before are in its cache."""
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding and holes take no position
+    inputs = dict(input_ids=input_ids[:, start:], attention_mask=attention_mask,
+                  position_ids=positions[:, start:])
+    pictures = [torch.from_numpy(image) for row in images for image in row]
+    if pictures:
+        pixels = torch.stack(pictures).permute(0, 3, 1, 2)  # (n, 3, H, W), 0 to 255
+        inputs["pixel_values"] = pixels.to(input_ids.device) / 127.5 - 1
+    return inputs
+
+def response_outputs(model: Model, batch: Batch, hidden: bool = False) -> tuple:
+    """(logits (B, T, V) that predict the response tokens; if hidden the last states (B, T, D) there)."""
+    S, T = batch.input_ids.shape[1], batch.response_mask.shape[1]
+    # Column t of the logits predicts column t + 1 of the ids: the response is predicted one column earlier.
+    columns = torch.arange(S - T - 1, S - 1, device=batch.input_ids.device)
+    inputs = model_inputs(batch.input_ids, batch.attention_mask, batch.images)
+    output = model(**inputs, logits_to_keep=columns, use_cache=False, output_hidden_states=hidden)
+    states = at_least_float32(output.hidden_states[-1][:, columns]) if hidden else None
+    return output.logits, states
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
+    """log pi of each id: (B, T, V), (B, T) -> (B, T), in float32 at least."""
+    return at_least_float32(logits).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+def logps_of(model: Model, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """log pi(y_t | x, y_<t) of a batch's responses, (B, T)."""
+    logits, _ = response_outputs(model, batch)
+    if temperature != 1:
+        logits = at_least_float32(logits) / temperature
+    return by_rows(token_logps, logits, batch.responses)
+
+def flatten(model: Model) -> Tensor:
+    """theta (N,), in float32 at least."""
+    return at_least_float32(parameters_to_vector(model.parameters()).detach())
+
+def set_theta(model: Model, theta: Tensor) -> None:
+    """Make theta (N,) the model's weights: views of it; of a bfloat16 model rounded copies."""
+    vector_to_parameters(theta.to(model.dtype), model.parameters())
+
+# --- The policy: sampling ---
+
+class Reply(NamedTuple):
+    """A response of each of B conversations, of up to n tokens."""
+    ids: Tensor  # (B, n)
+    mask: Tensor  # (B, n), 1.0 on its tokens, the end included; 0 after it, and where a conversation was over
+    entropy: Tensor  # (B, n), at temperature 1, in nats
+    truncated: Tensor  # (B,), True where no end came
+
+def prefill(model: Model, input_ids: Tensor, attention_mask: Tensor, images: list,
+            cache: Cache = None) -> Cache:
+    """The key-value cache of all columns but the last one, from which the reply goes on."""
+    known = int(cache.get_seq_length()) if cache else 0
+    inputs = model_inputs(input_ids[:, :-1], attention_mask[:, :-1], images, known)
+    return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+
+def generate_reply(model: Model, input_ids: Tensor, attention_mask: Tensor, cache: Cache, done: Tensor,
+                   padding: int, max_new_tokens: int, temperature: float) -> Reply:
+    """Sample a response of each conversation that is not done (B,); temperature 0 is greedy. ids, mask (B, S)."""
+    B, S = input_ids.shape
+    stops = input_ids.new_tensor(stop_token_ids(model))
+    attention_mask = torch.cat([attention_mask, attention_mask.new_zeros(B, max_new_tokens)], 1)
+    position = attention_mask.sum(1) - 1
+    token = input_ids[:, -1]
+    speaking = ~done
+    ids, mask, entropy = [], [], []
+    for column in range(S, S + max_new_tokens):
+        output = model(input_ids=token.unsqueeze(1), attention_mask=attention_mask[:, :column],
+                       position_ids=position.unsqueeze(1), past_key_values=cache, use_cache=True)
+        logits = output.logits[:, -1].float()  # (B, V)
+        logps = logits.log_softmax(-1)
+        if temperature:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
+        else:
+            token = logits.argmax(-1)
+        token = token.masked_fill(~speaking, padding)
+        ids.append(token)
+        mask.append(speaking)
+        entropy.append(-(logps.exp() * logps).sum(-1))
+        attention_mask[:, column] = speaking
+        position = position + 1
+        # Over is what an end came to, never what equals padding: padding may be an end, or be sampled.
+        speaking = speaking & ~torch.isin(token, stops)
+        if not speaking.any():
+            break
+    return Reply(torch.stack(ids, 1), torch.stack(mask, 1).float(), torch.stack(entropy, 1), speaking)
 
 # --- Rollouts: conversations of the policy with the task ---
 
-class Rollouts(NamedTuple):  # G conversations with each of P episodes, a prompt's together
+class Rollouts(NamedTuple):
+    """G conversations with each of P episodes, those of a prompt together."""
     episodes: list  # B, played to their ends
     batch: Batch
-    success: torch.Tensor  # (P, G), 1.0 where the episode was solved: R_explicit of Eq. 1
-    graded: torch.Tensor  # (B, T), the task's points, at each response's last token
+    success: Tensor  # (P, G), 1.0 where the episode was solved: R_explicit of Eq. 1
+    rewards: Tensor  # (B, T), the task's points, at each response's last token
     entropy: float  # at temperature 1, mean over sampled tokens, nats
     truncated: float  # share of responses without an end
 
 @torch.no_grad()
-def rollout(model, tokenizer, episodes, samples=1, max_new_tokens=40, temperature=1.0):
+def rollout(model: Model, tokenizer: Tokenizer, episodes: list, samples: int = 1,
+            max_new_tokens: int = 40, temperature: float = 1.0) -> Rollouts:
     """G = `samples` conversations with each of P episodes; temperature 0 is greedy."""
-    device, how = model.device, generation(model, tokenizer, max_new_tokens, temperature)
-    ids, attention, pixels = show(model, tokenizer, episodes, [e.prompt for e in episodes], first=True)
-    cache = read(model, ids, attention, pixels)  # each prompt once, not G times
+    prompts = [episode.prompt for episode in episodes]
+    input_ids, attention_mask, images = encode_observations(model, tokenizer, episodes, prompts, first=True)
+    cache = prefill(model, input_ids, attention_mask, images)  # each prompt once, not G times
     cache.batch_repeat_interleave(samples)
-    ids, attention = ids.repeat_interleave(samples, 0), attention.repeat_interleave(samples, 0)
+    input_ids = input_ids.repeat_interleave(samples, 0)
+    attention_mask = attention_mask.repeat_interleave(samples, 0)
+    images = [row for row in images for _ in range(samples)]
     played = [copy.copy(episode) for episode in episodes for _ in range(samples)]
-    pixels = [picture for picture in pixels for _ in range(samples)]
-    done = torch.zeros(len(played), dtype=torch.bool, device=device)
-    graded = mask = torch.zeros(len(played), 0, device=device)
-    entropy, turns, cut = 0.0, 0, 0
+    done = input_ids.new_zeros(len(played), dtype=torch.bool)
+    masks, rewards, entropies, truncated = [], [], [], []
     while True:
-        width, turns = ids.shape[1], turns + (~done).sum().item()
-        ids, own, nats, unfinished = say(model, tokenizer, ids, attention, cache, done, how)
-        entropy, cut = entropy + nats, cut + unfinished.sum().item()
-        points, shown = torch.zeros_like(own), [""] * len(played)
-        for row in (~done).nonzero().squeeze(1).tolist():  # the task answers
-            said = ids[row, width:][own[row].bool()].tolist()
-            text = tokenizer.decode([i for i in said if i not in how.eos_token_id])
-            shown[row], points[row, len(said) - 1], done[row] = played[row].step(text)
-        attention, mask = torch.cat([attention, own.long()], 1), torch.cat([mask, own], 1)
-        graded = torch.cat([graded, points], 1)
+        cache = with_room(model, cache, input_ids.shape[1] + max_new_tokens)
+        reply = generate_reply(model, input_ids, attention_mask, cache, done, tokenizer.pad_token_id,
+                               max_new_tokens, temperature)
+        truncated.append(reply.truncated[~done])
+        entropies.append((reply.entropy * reply.mask).sum())
+        observations, points, done = answer_replies(model, tokenizer, played, reply, done)
+        input_ids = torch.cat([input_ids, reply.ids], 1)
+        attention_mask = torch.cat([attention_mask, reply.mask.long()], 1)
+        masks.append(reply.mask)
+        rewards.append(points)
         if done.all():
             break
-        # A finished conversation is shown one end: generate wants no padding there.
-        shown = ["" if over else text for text, over in zip(shown, done.tolist())]
-        observed, real, pictures = show(model, tokenizer, played, shown)
-        if ids.shape[1] + observed.shape[1] + max_new_tokens > room_of(model):
+        shown, real, pictures = encode_observations(model, tokenizer, played, observations)
+        if input_ids.shape[1] + shown.shape[1] + max_new_tokens > max_length(model):
             break  # out of room: what is not solved by now stays unsolved
-        ids, attention = torch.cat([ids, observed], 1), torch.cat([attention, real], 1)
-        graded, mask = (torch.cat([x, torch.zeros_like(real, dtype=x.dtype)], 1) for x in (graded, mask))
-        pixels = [torch.cat(both) for both in zip(pixels, pictures)]
-        read(model, ids, attention, pictures, cache)
-    success = torch.tensor([float(e.success) for e in played], device=device).view(-1, samples)
-    batch, entropy = Batch(ids, attention, mask, pixels), entropy / mask.sum().item()
-    return Rollouts(played, batch, success, graded, entropy, cut / turns)
+        input_ids = torch.cat([input_ids, shown], 1)
+        attention_mask = torch.cat([attention_mask, real], 1)
+        images = [row + more for row, more in zip(images, pictures)]
+        masks.append(torch.zeros_like(shown, dtype=torch.float))  # what the task says is not the policy's
+        rewards.append(torch.zeros_like(shown, dtype=torch.float))
+        cache = with_room(model, cache, input_ids.shape[1])
+        prefill(model, input_ids, attention_mask, pictures, cache)
+
+    batch = Batch(input_ids, attention_mask, torch.cat(masks, 1), images)
+    success = torch.tensor([float(episode.success) for episode in played], device=model.device)
+    entropy = sum(entropies).item() / batch.response_mask.sum().item()
+    return Rollouts(played, batch, success.view(-1, samples), torch.cat(rewards, 1), entropy,
+                    torch.cat(truncated).float().mean().item())
+
+def answer_replies(model: Model, tokenizer: Tokenizer, played: list, reply: Reply,
+                   done: Tensor) -> tuple:
+    """The task's part of a turn: (observations (B,), points (B, n) at the replies' last tokens, done (B,))."""
+    observations = [""] * len(played)  # a finished conversation is shown one end, which nobody reads
+    points = torch.zeros_like(reply.mask)
+    done = done.clone()
+    for row in (~done).nonzero().squeeze(1).tolist():
+        response = reply.ids[row, reply.mask[row].bool()].tolist()
+        text = tokenizer.decode([i for i in response if i not in stop_token_ids(model)])
+        observation, points[row, len(response) - 1], done[row] = played[row].step(text)
+        if not done[row]:
+            observations[row] = observation
+    return observations, points, done
 
 # --- The two losses ---
 # Differs: each is divided by one number, the response tokens of its whole batch; otherwise mu would mean
 # nothing, and a micro-batch or a skipped row would change the gradient.
 
-def ppo_loss(logps, old_logps, advantages, mask, clip=0.2, tokens=None):
-    """Eq. 1 by PPO-clip, token by token. All (B, T); tokens: the divisor, if not mask's sum."""
+def ppo_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2,
+             n_tokens: Tensor | None = None) -> Tensor:
+    """Eq. 1 by PPO-clip, token by token. All (B, T); n_tokens: the divisor, if not mask's sum."""
     ratio = (logps - old_logps).exp()  # 1 on the first update, but not its gradient
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    return -(surrogate * mask).sum() / (mask.sum() if tokens is None else tokens)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    return -(surrogate * mask).sum() / (mask.sum() if n_tokens is None else n_tokens)
 
-def sft_loss(logps, mask, tokens=None):
-    """Eq. 2: negative log-likelihood. logps, mask (B, T); tokens as in ppo_loss."""
-    return -(logps * mask).sum() / (mask.sum() if tokens is None else tokens)
+def sft_loss(logps: Tensor, mask: Tensor, n_tokens: Tensor | None = None) -> Tensor:
+    """Eq. 2: negative log-likelihood. logps, mask (B, T); n_tokens as in ppo_loss."""
+    return -(logps * mask).sum() / (mask.sum() if n_tokens is None else n_tokens)
 
-def implicit_reward(logps, ref_logps, mask, beta=1.0):
+def implicit_reward(logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: float = 1.0) -> Tensor:
     """beta log(pi(y|x) / pi_ref(y|x)): the reward that SFT implies (section 3.2). (B, T) -> (B,)"""
     return beta * ((logps - ref_logps) * mask).sum(-1)
 
-def group_advantages(rewards):
+# --- Advantages ---
+
+class Advantages(NamedTuple):
+    values: Tensor  # (B, T)
+    scale: float  # what they were divided by
+
+def group_advantages(rewards: Tensor) -> tuple:
     """((r - mean of the prompt's other samples) / scale, scale). rewards (P, G) -> (P, G), float."""
-    if (G := rewards.shape[1]) < 2:
+    G = rewards.shape[1]
+    if G < 2:
         raise ValueError("group advantages need 2 samples of a prompt")
     centred = (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
     # One scale for all: a prompt's own would weigh prompts anew.
     scale = centred.std(correction=0).item()
-    return (centred / scale, scale) if scale > 1e-6 else (torch.zeros_like(centred), 1.0)
+    if scale < 1e-6:  # no prompt has samples that differ
+        return torch.zeros_like(centred), 1.0
+    return centred / scale, scale
 
-def gae(rewards, values, mask, gamma=1.0, lam=1.0):
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 1.0) -> tuple:
     """Generalised advantage estimation, (B, T) each -> (advantages, returns), 0 off the mask."""
     # Below lam = 1 phi's error biases the RL gradient, and the step's own meta-gradient with it.
     advantages = torch.zeros_like(values)
     # The value after the last token is 0: a conversation is an episode, also when it was cut off.
-    running = following = torch.zeros_like(values[:, 0])  # (B,)
+    advantage = torch.zeros_like(values[:, 0])  # (B,)
+    next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
-        own = mask[:, t] > 0  # what the task says is stepped over
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        running = torch.where(own, delta + gamma * lam * running, running)
-        following = torch.where(own, values[:, t], following)
-        advantages[:, t] = running * own
+        on_token = mask[:, t] > 0  # what the task says is stepped over
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(on_token, delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(on_token, values[:, t], next_value)
+        advantages[:, t] = advantage * on_token
     return advantages, (advantages + values) * mask
 
-def value_function(model, lr=1e-3):
-    """phi: last hidden state -> a token's value."""
-    width, nn = model.get_input_embeddings().weight.shape[1], torch.nn
-    phi = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)).to(model.device)
-    phi.optimizer = torch.optim.Adam(phi.parameters(), lr=lr)
-    return phi
+def token_rewards(rollouts: Rollouts, config: Config) -> Tensor:
+    """R_explicit at a conversation's last token, or the task's points at each response's, (B, T)."""
+    if config.reward == "graded":
+        return rollouts.rewards
+    mask = rollouts.batch.response_mask
+    is_last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask  # 1.0 on the last token
+    return rollouts.success.reshape(-1, 1) * is_last
 
-class Advantages(NamedTuple):
-    values: torch.Tensor  # (B, T)
-    scale: float  # what they were divided by
-
-def advantages_of(model, phi, rollouts, config):
+def advantages_of(model: Model, phi: Any, rollouts: Rollouts, config: Config) -> Advantages:
     """The Advantages of a step's rollouts, as --reward and --advantage say; phi then learns their returns."""
-    batch, mask = rollouts.batch, rollouts.batch.mask
-    last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask  # the conversation's last token
-    rewards = rollouts.graded if config.reward == "graded" else rollouts.success.reshape(-1, 1) * last
+    mask = rollouts.batch.response_mask
+    rewards = token_rewards(rollouts, config)
+    totals = rewards.sum(1).view_as(rollouts.success)  # (P, G)
     if phi is None:
-        values, scale = group_advantages(rewards.sum(1).view_as(rollouts.success))  # (P, G)
+        values, scale = group_advantages(totals)
         return Advantages(values.reshape(-1, 1) * mask, scale)
-    with torch.no_grad():  # phi learns beside theta on fixed features: theta moves by Eq. 3 alone
-        states = torch.cat([outputs(model, batch.rows(rows), hidden=True)[1]
-                            for rows in micro(batch, mask, config)])  # (B, T, D)
-    baseline = phi(states).squeeze(-1) * mask  # (B, T)
-    values, returns = gae(rewards, baseline.detach(), mask)
-    phi.optimizer.zero_grad()
-    (0.5 * ((baseline - returns) ** 2).sum() / mask.sum()).backward()
-    phi.optimizer.step()
-    own = values[mask > 0]
-    scale = own.std(correction=0).item() + 1e-8
-    return Advantages((values - own.mean()) / scale * mask, scale)
+    with torch.no_grad():
+        states = torch.cat([response_outputs(model, rollouts.batch.rows(rows), hidden=True)[1]
+                            for rows in micro_batches(rollouts.batch, mask, config.micro_tokens)])  # (B, T, D)
+    values = phi(states) * mask  # (B, T)
+    advantages, returns = gae(rewards, values.detach(), mask)
+    phi.learn(values, returns, mask)  # beside theta, on fixed features: theta moves by Eq. 3 alone
+    if totals.max() - totals.min() < 1e-6:  # no reward differs: divided by its spread phi's error would be a signal
+        return Advantages(torch.zeros_like(advantages), 1.0)
+    on_tokens = advantages[mask > 0]
+    scale = on_tokens.std(correction=0).item() + 1e-8
+    return Advantages((advantages - on_tokens.mean()) / scale * mask, scale)
 
-# --- Their gradients ---
+# --- The losses' gradients ---
 
-def micro(batch, used, config):
-    """Rows of `used` (B, T) that are not all 0, --micro-tokens at a time; others add exactly nothing."""
+def micro_batches(batch: Batch, used: Tensor, max_tokens: int) -> tuple:
+    """Rows of `used` (B, T) that are not all 0, max_tokens at a time; the others add exactly nothing."""
     rows = (used != 0).any(1).nonzero().squeeze(1)
-    return rows.split(max(1, config.micro_tokens // batch.ids.shape[1])) if len(rows) else ()
+    at_once = max(1, max_tokens // batch.input_ids.shape[1])
+    return rows.split(at_once) if len(rows) else ()
 
-def gradient(model, loss, grad=None):
-    """d loss/d theta (N,), in float32 at least, added to `grad` in place; 0 where the loss uses nothing."""
-    grad = torch.zeros_like(flatten(model)) if grad is None else grad
-    parts = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
-    for mine, part in zip(grad.split([part.numel() for part in parts]), parts):
-        mine += part.reshape(-1)
-    return grad
-
-def loss_gradient(model, batch, used, loss, config, temperature=1.0):
-    """(gradient (N,), logps (B, T), value) of loss(logps (b, T), rows (b,)), summed over the rows used."""
-    grad, logps, total = torch.zeros_like(flatten(model)), torch.zeros_like(batch.mask), 0.0
-    for rows in micro(batch, used, config):
+def loss_gradient(model: Model, batch: Batch, used: Tensor, loss: Callable, config: Config,
+                  temperature: float = 1.0) -> tuple:
+    """(gradient (N,), logps (B, T), value) of the sum over micro-batches of loss(logps (b, T), rows (b,))."""
+    grad = torch.zeros_like(flatten(model))
+    logps = torch.zeros_like(batch.response_mask)
+    value = grad.new_zeros(())
+    weights = list(model.parameters())
+    for rows in micro_batches(batch, used, config.micro_tokens):
         logp = logps_of(model, batch.rows(rows), temperature)
-        value, logps[rows] = loss(logp, rows), logp.detach()
-        grad, total = gradient(model, value, grad), total + value.item()
-    return grad, logps, total
+        part = loss(logp, rows)
+        grads = torch.autograd.grad(part, weights, materialize_grads=True)
+        for total, g in zip(grad.split([weight.numel() for weight in weights]), grads):
+            total += g.reshape(-1)
+        logps[rows] = logp.detach()
+        value += part.detach()
+    return grad, logps, value.item()
 
-def rl_gradient(model, batch, advantages, config, old_logps=None):
-    """Of L_RL. old_logps: None on the first update, when the policy still is the one that sampled."""
-    tokens = batch.mask.sum()
+def rl_gradient(model: Model, batch: Batch, advantages: Advantages, config: Config,
+                old_logps: Tensor | None = None) -> tuple:
+    """Of L_RL, see loss_gradient. old_logps: None on the first update, when the policy still is the one that sampled."""
+    n_tokens = batch.response_mask.sum()
+
     def loss(logp, rows):
         old = logp.detach() if old_logps is None else old_logps[rows]
-        return ppo_loss(logp, old, advantages.values[rows], batch.mask[rows], config.clip, tokens)
+        return ppo_loss(logp, old, advantages.values[rows], batch.response_mask[rows], config.clip, n_tokens)
     return loss_gradient(model, batch, advantages.values, loss, config, config.temperature)
 
-def sft_gradient(model, batch, config, loss=lambda logps, mask, tokens, rows: sft_loss(logps, mask, tokens)):
-    """Of L_SFT; its value is mean -log p, whatever the loss."""
-    mask, tokens = batch.mask, batch.mask.sum()
-    def part(logp, rows):
-        return loss(logp, mask[rows], tokens, rows)
-    grad, logps, _ = loss_gradient(model, batch, mask, part, config)
-    return grad, logps, sft_loss(logps, batch.mask).item()
+def sft_gradient(model: Model, batch: Batch, config: Config, token_weights: Callable) -> tuple:
+    """Of L_SFT; its value is mean -log p, whatever the weights: token_weights(logps (b, T), rows (b,)) -> (b, T)."""
+    n_tokens = batch.response_mask.sum()
+
+    def loss(logp, rows):
+        weights = token_weights(logp.detach(), rows)  # constants
+        return sft_loss(weights * logp, batch.response_mask[rows], n_tokens)
+    grad, logps, _ = loss_gradient(model, batch, batch.response_mask, loss, config)
+    return grad, logps, sft_loss(logps, batch.response_mask).item()
 
 # --- The step, and its derivative in mu ---
 
-AdamState = NamedTuple("AdamState", [("m", torch.Tensor), ("v", torch.Tensor), ("step", int)])  # moments (N,)
+class AdamState(NamedTuple):
+    m: Tensor  # (N,), running mean of the gradient
+    v: Tensor  # (N,), and of its square
+    step: int  # updates so far
 
-def adamw(theta, grad, m, v, norm, step, lr, max_norm=1.0, weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8):
-    """(theta', m', v') of some entries; norm: |grad| of all."""
+def adamw(theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, norm: Tensor, step: int, lr: float,
+          max_norm: float = 1.0, weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999,
+          eps: float = 1e-8) -> tuple:
+    """(theta', m', v') of some entries; norm: |grad| of all entries, which is clipped to max_norm."""
     grad = grad * (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad * grad
+    m = b1 * m + (1 - b1) * grad
+    v = b2 * v + (1 - b2) * grad * grad
+    m_hat = m / (1 - b1 ** step)
     root = v.clamp(min=1e-37).sqrt()  # a token that never occurs has v = 0, where d sqrt(v) would be 0/0
-    update = m / (1 - b1 ** step) / (root / math.sqrt(1 - b2 ** step) + eps)
-    return theta * (1 - lr * weight_decay) - lr * update, m, v
+    root_hat = root / math.sqrt(1 - b2 ** step)
+    theta = theta * (1 - lr * weight_decay) - lr * (m_hat / (root_hat + eps))
+    return theta, m, v
 
-def adamw_step(theta, grad, state, **how):
+def adamw_step(theta: Tensor, grad: Tensor, state: AdamState, **how: float) -> tuple:
     """clip_grad_norm_, then AdamW: (theta', state'). All tensors (N,)."""
     step = partial(adamw, norm=grad.norm(), step=state.step + 1, **how)
-    theta, m, v = sliced(step, theta, grad, *state[:2])
+    theta, m, v = by_slices(step, theta, grad, state.m, state.v)
     return theta, AdamState(m, v, state.step + 1)
 
-def step_sensitivity(theta, g_rl, g_sft, mu, state, last=None, trace=0.0, **how):
+def step_sensitivity(theta: Tensor, g_rl: Tensor, g_sft: Tensor, mu: float, state: AdamState,
+                     last: tuple | None = None, trace: float = 0.0, **how: float) -> tuple:
     """d (theta', m', v')/d mu, each (N,), of the step that is taken: exact through clipping, moments, eps."""
     # `last`, the step before's, enters at the share trace: mu was larger at past steps, by trace^i at the
     # i-th last, and momentum has still to pay (Xu et al. 2018; as there, without the gradients' Hessian).
-    g = (1 - mu) * g_rl + mu * g_sft  # Eq. 3
-    norm = g.norm()
-    d_norm = (g @ g_sft - g @ g_rl) / (norm + 1e-30)  # d |g|/d mu
-    del g  # memory
-    def slopes(theta, m, v, g_rl, g_sft, d_theta, d_m, d_v):  # forward mode
-        values = theta, (1 - mu) * g_rl + mu * g_sft, m, v, norm
+    if last is None:
+        last = (torch.zeros_like(theta),) * 3
+    grad = (1 - mu) * g_rl + mu * g_sft  # Eq. 3
+    norm = grad.norm()
+    d_norm = (grad @ g_sft - grad @ g_rl) / (norm + 1e-30)  # d |g|/d mu
+    del grad  # memory
+    step = partial(adamw, step=state.step + 1, **how)
+
+    def derivative(theta, m, v, g_rl, g_sft, d_theta, d_m, d_v):
+        grad = (1 - mu) * g_rl + mu * g_sft
         tangents = trace * d_theta, g_sft - g_rl, trace * d_m, trace * d_v, d_norm
-        return torch.func.jvp(partial(adamw, step=state.step + 1, **how), values, tangents)[1]
-    return sliced(slopes, theta, *state[:2], g_rl, g_sft, *last or 3 * [0 * theta])
+        return torch.func.jvp(step, (theta, grad, m, v, norm), tangents)[1]
+    return by_slices(derivative, theta, state.m, state.v, g_rl, g_sft, *last)
 
-# --- The meta-gradient (Eqs. 4-5) and the controller (Eq. 6) ---
+# --- The meta-gradient (Eqs. 4-5) and the controller's rule (Eq. 6) ---
 
-def meta_gradient(model, tangent, rollouts, config, given=None):
-    """dU/dmu = <grad U(theta'), d theta'/d mu> and its standard error, from fresh samples of theta'.
+def meta_gradient(model: Model, d_theta: Tensor, rollouts: Rollouts, config: Config,
+                  advantages: tuple | None = None) -> tuple:
+    """Eq. 5: (<grad U(theta'), d theta'/d mu>, its standard error), from fresh samples of theta'.
 
-    tangent: d theta'/d mu (N,); given: other (advantages (P, G), scale)."""
+    d_theta: d theta'/d mu (N,); advantages: other (values (P, G), scale) than the group's."""
     P, G = rollouts.success.shape
     # grad U is the score-function gradient, its baseline a prompt's other samples.
-    advantages, scale = given or group_advantages(rollouts.success)
-    slopes = torch.zeros(P, dtype=tangent.dtype, device=tangent.device)
-    # One backward pass a prompt: prompts are the error's units.
-    for p in advantages.any(1).nonzero().squeeze(1).tolist():  # elsewhere the slope is exactly 0
-        part = rollouts.batch.rows(slice(p * G, (p + 1) * G))
-        def surrogate(logps, rows):
-            return (scale * advantages[p][rows] * (logps * part.mask[rows]).sum(1)).sum() / G
-        used = advantages[p].unsqueeze(1)
-        slopes[p] = loss_gradient(model, part, used, surrogate, config, config.temperature)[0] @ tangent
+    values, scale = group_advantages(rollouts.success) if advantages is None else advantages
+    slopes = d_theta.new_zeros(P)
+    # One gradient a prompt: prompts are the error's units. Where no sample differs the slope is exactly 0.
+    for p in values.any(1).nonzero().squeeze(1).tolist():
+        batch = rollouts.batch.rows(slice(p * G, (p + 1) * G))
+
+        def weighted(logps, rows):
+            of_responses = (logps * batch.response_mask[rows]).sum(1)  # log pi(y|x), (b,)
+            return (scale * values[p][rows] * of_responses).sum() / G
+        grad, _, _ = loss_gradient(model, batch, values[p].unsqueeze(1), weighted, config, config.temperature)
+        slopes[p] = grad @ d_theta
     return slopes.mean().item(), slopes.std().item() / math.sqrt(P)
 
-def own_meta_gradient(g_rl, tangent, batch, scale):
+def own_meta_gradient(g_rl: Tensor, d_theta: Tensor, batch: Batch, scale: float) -> tuple:
     """dU/dmu on a step's own prompts, -<grad L_RL, d theta/d mu> in units of reward; its size as error."""
     # Differs: theta' sampled these, on prompts drawn after its step. One number has no
     # spread; its size is not too small an error on average: E[x^2] >= Var[x].
-    slope = -(g_rl @ tangent * batch.mask.sum() / len(batch.ids)).item() * scale
+    n_tokens = batch.response_mask.sum()  # L_RL is per token, U per conversation
+    slope = -(g_rl @ d_theta * n_tokens / len(batch.input_ids)).item() * scale
     return slope, abs(slope)
 
-def update_mu(mu, entropy, target_entropy, estimates, evidence, config, memory=0.98):
+def update_mu(mu: float, entropy: float, target_entropy: float, estimates: list, evidence: tuple,
+              config: Config, memory: float = 0.98) -> tuple:
     """Eq. 6: mu' = clip(mu + meta force + entropy force) -> (mu', evidence', (meta force, entropy force)).
 
     estimates: new (dU/dmu, standard error); evidence: (their sum so far, its variance), old ones fading."""
     # Differs from the paper's text, which has the other sign: Eq. 6 lifts mu where entropy is below H*.
-    entropy_force, meta_force = config.eta_h * (target_entropy - entropy), 0.0
-    estimates = [(slope, error) for slope, error in estimates if error > 0]  # 0: no group had a signal
-    if estimates and config.controller == "paper":
-        meta_force = config.eta_mu * sum(slope for slope, _ in estimates)
-    elif estimates:
-        # Differs: dU/dmu is tiny and mostly noise: mu moves by its expected sign, 2 Phi(z) - 1, times eta_mu.
-        total = memory * evidence[0] + sum(slope for slope, _ in estimates)
-        variance = memory ** 2 * evidence[1] + sum(error ** 2 for _, error in estimates)
-        evidence, meta_force = (total, variance), config.eta_mu * math.erf(total / math.sqrt(2 * variance))
-    mu = min(max(mu + meta_force + entropy_force, config.mu_min), config.mu_max)
-    return mu, evidence, (meta_force, entropy_force)
+    entropy_force = config.eta_h * (target_entropy - entropy)
+    meta_force = 0.0
+    seen = [(slope, error) for slope, error in estimates if error > 0]  # error 0: no group had a signal
+    slope = sum(slope for slope, _ in seen)
+    if seen and config.controller == "paper":
+        meta_force = config.eta_mu * slope
+    elif seen:
+        # Differs: dU/dmu is tiny and mostly noise. Its sign is positive with probability Phi(z),
+        # z = total / sqrt(variance), and mu moves by its expected sign, 2 Phi(z) - 1 = erf(z / sqrt 2).
+        total = memory * evidence[0] + slope
+        variance = memory ** 2 * evidence[1] + sum(error ** 2 for _, error in seen)
+        meta_force = config.eta_mu * math.erf(total / math.sqrt(2 * variance))
+        evidence = (total, variance)
+    mu = mu + meta_force + entropy_force
+    return min(max(mu, config.mu_min), config.mu_max), evidence, (meta_force, entropy_force)
 
-# --- Methods: what chooses mu. A method's plain attributes are saved with the run ---
+# --- Methods: what chooses mu ---
 
-CONTROLLER = "controller eta_mu eta_h mu_min mu_max utility meta_every trace".split()
+@dataclasses.dataclass
+class Step:
+    """One step of Algorithm 1, as far as it has come: what a method may read, and the step's row of the log."""
+    t: int
+    lr: float
+    rng: random.Random
+    problems: list = ()  # the prompts that are sampled
+    rollouts: Rollouts = None  # None: the step does not explore
+    advantages: Advantages = None
+    demos: Batch = None  # None: the step does not imitate
+    g_rl: Tensor = None  # (N,), gradient of L_RL, Eq. 1
+    g_sft: Tensor = None  # (N,), gradient of L_SFT, Eq. 2
+    mu: float = 1.0
+    n_sampled: int = 0  # responses, the controller's included
+    metrics: dict = dataclasses.field(default_factory=dict)
 
 class Method:
-    """What Algorithm 1 asks of a step s. As it stands --method fixed: W steps of SFT, then one mu."""
-    unused, defaults = CONTROLLER, {}  # flags that it does not read, flags that it sets differently
+    """What Algorithm 1 asks of a method. As it stands --method fixed: W steps of SFT, then one mu."""
 
-    def __init__(self, config):
-        self.config = config
-    def explores(self, t):  # does step t sample responses?
+    def __init__(self, config, task=None, policy=(None, None)):
+        self.config, self.task, self.policy = config, task, policy  # policy: (model, tokenizer)
+
+    def explores(self, t):
+        """Does step t sample responses?"""
         return t > self.config.warmup
-    def imitates(self, t):  # does it use demonstrations?
+
+    def imitates(self, t):
+        """Does step t use demonstrations?"""
         return True
-    def prompts(self, s):  # indices of the training problems to sample
-        return s.rng.sample(range(self.config.demos), self.config.prompts)
-    def demonstrations(self, s):  # and of those to imitate
-        return s.rng.sample(range(self.config.demos), self.config.sft_batch)
-    def advantages(self, s):
-        return advantages_of(s.model, s.phi, s.rollouts, self.config)
-    def imitation_loss(self, s, logps, mask, tokens, rows):  # of rows (b,) of s.demos
-        # SFT is RL with a reward of 1/pi; a constant p removes it (2508.05629).
-        c = logps.detach().exp() if self.config.imitation == "rectified" else 1.0
-        return sft_loss(c * logps, mask, tokens)
-    def mu(self, s):  # once a step, when both gradients are known
-        return self.config.mu if s.rollouts else 1.0
-    def moved(self, s):  # at each update, before theta changes
-        pass
+
+    def choose_prompts(self, step):
+        """Which training problems are sampled: indices."""
+        return step.rng.sample(range(self.config.demos), self.config.prompts)
+
+    def choose_demos(self, step):
+        """Which training problems are imitated: indices."""
+        return step.rng.sample(range(self.config.demos), self.config.sft_batch)
+
+    def advantages(self, step, phi):
+        """The Advantages of step.rollouts; phi: the value function, or None."""
+        return advantages_of(self.policy[0], phi, step.rollouts, self.config)
+
+    def token_weights(self, step, logps, rows):
+        """(b, T): what -log p of the tokens of step.demos' `rows` (b,) is multiplied by; logps (b, T)."""
+        if self.config.imitation == "rectified":
+            return logps.exp()  # SFT is RL with a reward of 1/pi; a constant p removes it (2508.05629)
+        return torch.ones_like(logps)
+
+    def choose_mu(self, step):
+        """mu of this step: asked once, when both gradients are known."""
+        return self.config.mu if step.rollouts else 1.0
+
+    def before_update(self, step, theta, adam, first):
+        """Told before each of the step's updates of theta (N,)."""
+
+    def state_dict(self):
+        """What a run that goes on needs, besides theta."""
+        return {}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
 
 class SFT(Method):
-    unused = [*"mu warmup prompts samples reward advantage clip ppo_epochs".split(), *CONTROLLER]
-    defaults = dict(warmup=0)
     def explores(self, t):
         return False
 
 class RL(Method):
-    unused, defaults = ["mu", "warmup", "sft_batch", "imitation", *CONTROLLER], dict(mu=0.0, warmup=0)
     def imitates(self, t):
         return False
 
 class SFTThenRL(Method):
-    unused, defaults = ["mu", *CONTROLLER], dict(mu=0.0)
     def explores(self, t):
         return t > (self.config.warmup or self.config.steps // 2)
+
     def imitates(self, t):
         return not self.explores(t)
 
-class AMFT(Method):
-    """Eqs. 4-6. Its state: mu, H*, the evidence on dU/dmu, and d (theta, m, v)/d mu."""
-    unused, on, given = [], "val", lambda self, s, seen: None  # U's prompts, other advantages
-    def __init__(self, config):
-        super().__init__(config)
-        self.now, self.target_entropy, self.evidence, self.tangents = config.mu, None, (0.0, 0.0), None
+class Controller(Method):
+    """AMFT, Eqs. 4-6: learns mu from what mu does to success on validation prompts, steadied by the entropy."""
+    split = "val"  # of U's prompts
 
-    def estimates(self, s):
-        """[(dU/dmu, its standard error)] that this step shows."""
-        c, shown = self.config, []
-        if self.tangents and c.utility != "val":
-            shown = [own_meta_gradient(s.g_rl, self.tangents[0], s.rollouts.batch, s.advantages.scale)]
-            s.row["meta_own"] = shown[0][0]
-        if self.tangents and c.utility != "train" and (s.t - c.warmup) % c.meta_every == 0:
-            episodes = [s.task.sample(self.on, s.rng) for _ in range(c.prompts)]
-            seen = rollout(s.model, s.tokenizer, episodes, c.samples, c.max_new_tokens, c.temperature)
-            s.sampled += len(seen.episodes)
-            shown.append(meta_gradient(s.model, self.tangents[0], seen, c, self.given(s, seen)))
-            s.row.update(zip(("meta_grad", "meta_se"), shown[-1]))
-        return shown
+    def __init__(self, config, task=None, policy=(None, None)):
+        super().__init__(config, task, policy)
+        self.mu = config.mu
+        self.target_entropy = None  # H*, of the first samples after the warm-up
+        self.evidence = (0.0, 0.0)  # on dU/dmu, see update_mu
+        self.sensitivity = None  # d (theta, m, v)/d mu, (N,) each; None before the first mixed step
 
-    def mu(self, s):
-        if not s.rollouts:
-            return 1.0  # the warm-up
+    def state_dict(self):
+        return {name: vars(self)[name] for name in ("mu", "target_entropy", "evidence", "sensitivity")}
+
+    def choose_mu(self, step):
+        if step.rollouts is None:
+            return 1.0  # the warm-up is SFT alone
+        entropy = step.rollouts.entropy
         if self.target_entropy is None:
-            self.target_entropy = s.rollouts.entropy  # H*: of the first samples after the warm-up
-        self.now, self.evidence, forces = update_mu(
-            self.now, s.rollouts.entropy, self.target_entropy, self.estimates(s), self.evidence, self.config)
-        s.row.update(zip(("meta_force", "entropy_force"), forces), target_entropy=self.target_entropy)
-        return self.now
+            self.target_entropy = entropy
+        estimates = self.estimates(step) if self.sensitivity else []
+        self.mu, self.evidence, forces = update_mu(
+            self.mu, entropy, self.target_entropy, estimates, self.evidence, self.config)
+        step.metrics.update(meta_force=forces[0], entropy_force=forces[1], target_entropy=self.target_entropy)
+        return self.mu
 
-    def moved(self, s):
-        if s.rollouts and self.config.eta_mu:
-            lam = 1.0 if s.update else self.config.trace  # all updates of one step belong to its one mu
-            self.tangents = step_sensitivity(
-                s.theta, s.g_rl, s.g_sft, s.mu, s.adam, self.tangents, lam, lr=s.lr)
+    def estimates(self, step):
+        """[(dU/dmu, its standard error)] that this step gives."""
+        config, estimates = self.config, []
+        d_theta = self.sensitivity[0]
+        if config.utility in ("train", "both"):  # on the step's own prompts: a dot product
+            own = own_meta_gradient(step.g_rl, d_theta, step.rollouts.batch, step.advantages.scale)
+            step.metrics["meta_own"] = own[0]
+            estimates.append(own)
+        if config.utility in ("val", "both") and (step.t - config.warmup) % config.meta_every == 0:
+            episodes = [self.task.sample(self.split, step.rng) for _ in range(config.prompts)]
+            val = rollout(*self.policy, episodes, config.samples, config.max_new_tokens, config.temperature)
+            step.n_sampled += len(val.episodes)
+            slope, error = meta_gradient(self.policy[0], d_theta, val, config, self.val_advantages(step, val))
+            step.metrics.update(meta_grad=slope, meta_se=error)
+            estimates.append((slope, error))
+        return estimates
 
-METHODS = {"amft": AMFT, "fixed": Method, "sft": SFT, "rl": RL, "sft-rl": SFTThenRL}
+    def val_advantages(self, step, val):
+        """(values (P, G), scale) of U's samples; None: the group's."""
+
+    def before_update(self, step, theta, adam, first):
+        if step.rollouts is None or self.config.eta_mu == 0:
+            return
+        trace = self.config.trace if first else 1.0  # all updates of a step belong to its one mu
+        self.sensitivity = step_sensitivity(
+            theta, step.g_rl, step.g_sft, step.mu, adam, self.sensitivity, trace, lr=step.lr)
+
+METHODS = {"amft": Controller, "fixed": Method, "sft": SFT, "rl": RL, "sft-rl": SFTThenRL}
 
 # --- Algorithm 1 ---
 
-def train(config, method, task, model, tokenizer, run):
+def train(config: Config, method: Method, task: Task, model: Model, tokenizer: Tokenizer,
+          run: Run) -> None:
     """Algorithm 1, from where `run` stands to its end: the model then holds theta_T."""
-    # Initialise theta, phi, and (in the method) mu.
+    # Initialise theta, phi, and (in the method) mu; or go on from where the run was saved.
     torch.manual_seed(config.seed)
     phi = value_function(model) if config.advantage == "gae" else None
-    theta, adam = run.restore(flatten(model), phi, method)
-    vector_to_parameters(theta, model.parameters())
-    how = config.samples, config.max_new_tokens, config.temperature
-    rng = random.Random(f"demos {config.seed}")
-    problems = task.training(config.demos, rng)
+    modules = [method, phi, phi and phi.optimizer]
+    theta = flatten(model)
+    theta, *adam = run.restore([theta, 0 * theta, 0 * theta, 0], modules)
+    adam = AdamState(*adam)
+    set_theta(model, theta)
+    problems = task.training(config.demos, random.Random(f"demos {config.seed}"))
     if run.t == 0:
-        run.report(0, model, tokenizer, task, config)
-    for t in tqdm(range(run.t + 1, config.steps + 1), initial=run.t, total=config.steps, leave=False):
-        # Every step has its own seed: a resumed run repeats the unbroken one.
+        run.evaluate(config, task, partial(evaluate, model, tokenizer))
+        run.save([theta, *adam], modules)
+
+    for t in run.steps(config.steps):
+        # Each step has its own seed: a resumed run repeats the unbroken one.
         rng = random.Random(f"step {config.seed} {t}")
         torch.manual_seed(rng.getrandbits(62))
-        s = SimpleNamespace(t=t, rng=rng, lr=config.lr * (1 - (t - 1) / config.steps), theta=theta, adam=adam,
-                            phi=phi, model=model, tokenizer=tokenizer, task=task, rollouts=None, demos=None,
-                            sampled=0, row={})
-        # Exploration: rollouts, their explicit reward, advantages. Imitation: a batch of demonstrations.
+        step = Step(t, lr=config.lr * (1 - (t - 1) / config.steps), rng=rng)
+
+        # Exploration: P prompts, G responses to each, their explicit reward, their advantages.
         if method.explores(t):
-            episodes = [problems[i] for i in method.prompts(s)]
-            s.rollouts = rollout(model, tokenizer, episodes, *how)
-            s.advantages, s.sampled = method.advantages(s), len(s.rollouts.episodes)
+            step.problems = [problems[i] for i in method.choose_prompts(step)]
+            step.rollouts = rollout(model, tokenizer, step.problems, config.samples, config.max_new_tokens,
+                                    config.temperature)
+            step.n_sampled = len(step.rollouts.episodes)
+            step.advantages = method.advantages(step, phi)
+
+        # Imitation: a batch of demonstrations.
         if method.imitates(t):
-            s.demos = encode_demos(model, tokenizer, [problems[i] for i in method.demonstrations(s)])
-        old = None  # log-probabilities of the policy that sampled
-        for s.update in range(config.ppo_epochs if s.rollouts else 1):
-            # Their two gradients. (Eqs. 1-2)
-            s.g_rl = s.g_sft = torch.zeros_like(theta)
-            if s.rollouts:
-                s.g_rl, logps, s.row["rl_loss"] = rl_gradient(
-                    model, s.rollouts.batch, s.advantages, config, old)
-                old = logps if old is None else old
-            if s.demos:
-                s.g_sft, _, s.row["sft_loss"] = sft_gradient(
-                    model, s.demos, config, partial(method.imitation_loss, s))
+            step.demos = encode_demos(model, tokenizer, [problems[i] for i in method.choose_demos(step)])
+
+        old_logps = None  # (B, T), of the policy that sampled
+        for update in range(config.ppo_epochs if step.rollouts else 1):
+            # The gradients of the two losses. (Eqs. 1-2)
+            step.g_rl = step.g_sft = torch.zeros_like(theta)
+            if step.rollouts:
+                step.g_rl, logps, step.metrics["rl_loss"] = rl_gradient(
+                    model, step.rollouts.batch, step.advantages, config, old_logps)
+                old_logps = logps if old_logps is None else old_logps
+            if step.demos:
+                step.g_sft, _, step.metrics["sft_loss"] = sft_gradient(
+                    model, step.demos, config, partial(method.token_weights, step))
+
             # Controller: mu, from the meta-gradient and the entropy. (Eqs. 4-6)
-            s.mu = method.mu(s) if s.update == 0 else s.mu
-            # d theta'/d mu for the next meta-gradient, and a step on the unified loss. (Eq. 3)
-            method.moved(s)
-            s.g = (1 - s.mu) * s.g_rl + s.mu * s.g_sft
-            s.row.update({"grad_norm" + x: vars(s)["g" + x].norm().item() for x in ("", "_rl", "_sft")})
-            del s.g_rl, s.g_sft  # memory
-            theta, adam = s.theta, s.adam = adamw_step(s.theta, s.g, s.adam, lr=s.lr)
-            vector_to_parameters(theta, model.parameters())
-        run.log_step(s)
+            if update == 0:
+                step.mu = method.choose_mu(step)
+            method.before_update(step, theta, adam, first=update == 0)
+
+            # A step on the unified loss. (Eq. 3)
+            grad = (1 - step.mu) * step.g_rl + step.mu * step.g_sft
+            step.metrics.update(grad_norm=grad.norm().item(), grad_norm_rl=step.g_rl.norm().item(),
+                                grad_norm_sft=step.g_sft.norm().item())
+            step.g_rl = step.g_sft = None  # memory
+            theta, adam = adamw_step(theta, grad, adam, lr=step.lr)
+            set_theta(model, theta)
+
+        run.log_step(step)
         if config.val_every and t % config.val_every == 0 and t < config.steps:
-            run.report(t, model, tokenizer, task, config, ["val"])
-        if time.time() - run.clock > SAVE_SECONDS or t == config.steps:
-            run.save(t, theta, adam, phi, method)
+            run.evaluate(config, task, partial(evaluate, model, tokenizer), ["val"])
+        if run.due() or t == config.steps:
+            run.save([theta, *adam], modules)
 
 # --- Evaluation ---
 
 @torch.no_grad()
-def evaluate(model, tokenizer, task, split, config, samples=4, at_once=64):
-    """A row of the log (see Task.measures), of always the same --eval-n episodes, or all there are."""
+def evaluate(model: Model, tokenizer: Tokenizer, task: Task, split: str, config: Config,
+             samples: int = 4, at_once: int = 64) -> dict:
+    """A row of the log (see Task.measures), of always the same --eval-n episodes, or all there are.
+
+    The noise is always the same, too, whatever the seed or the policy: evaluations are paired."""
     torch.manual_seed(0)
-    episodes, sampled, greedy = task.episodes(split, config.eval_n), [], []
-    for part in (episodes[start:start + at_once] for start in range(0, len(episodes), at_once)):
-        for k, T, played in (samples, config.temperature, sampled), (1, 0, greedy):
-            played += rollout(model, tokenizer, part, k, config.max_new_tokens, T).episodes
+    episodes = task.episodes(split, config.eval_n)
+    sampled, greedy = [], []
+    for start in range(0, len(episodes), at_once):
+        part = episodes[start:start + at_once]
+        sampled += rollout(model, tokenizer, part, samples, config.max_new_tokens, config.temperature).episodes
+        greedy += rollout(model, tokenizer, part, 1, config.max_new_tokens, temperature=0).episodes
     return dict(split=split, n=len(episodes), samples=samples, **task.measures(sampled, greedy))
 
-# --- A run's folder: metrics.jsonl (an object a line), state.pt (for --resume), final/ (the policy) ---
+# --- A run, from its arguments ---
 
-SAVE_SECONDS = 30  # between states
-SHOWN = "mu", "meta_own", "meta_grad", "entropy", "sft_loss", "success", "zero_adv", "grad_norm"
-
-class Run:
-    def __init__(self, folder, config=None):  # config: of a new run
-        self.folder, self.log, self.state = folder, folder / "metrics.jsonl", folder / "state.pt"
-        self.t, self.rollouts, self.seconds, self.clock = None, 0, 0.0, time.time()
-        if config:
-            if self.log.exists() or self.state.exists():
-                raise ValueError(f"--out {folder}: already holds a run; --resume {folder} goes on with it")
-            folder.mkdir(parents=True, exist_ok=True)
-            self.write("config", **vars(config), torch=torch.__version__, threads=torch.get_num_threads())
-
-    def write(self, kind, **fields):
-        with open(self.log, "a") as file:
-            file.write(json.dumps(dict(kind=kind, **fields), allow_nan=False) + "\n")
-
-    def rows(self, *kinds):
-        try:  # half a line at the end, of a run that was killed, does not count
-            rows = [json.loads(line) for line in self.log.read_text().split("\n")[:-1]]
-            return [row for row in rows if row["kind"] in kinds]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.log}: is not the log of a run ({error})")
-
-    def save(self, t, theta, adam, phi, method):
-        """All that the next step needs."""
-        self.seconds, self.clock = self.seconds + time.time() - self.clock, time.time()
-        buffer = io.BytesIO()  # so that a full disk is an OSError
-        torch.save(dict(
-            t=t, theta=theta, adam=tuple(adam), phi=phi and (phi.state_dict(), phi.optimizer.state_dict()),
-            method={**vars(method), "config": None}, log=self.log.stat().st_size, rollouts=self.rollouts,
-            seconds=self.seconds), buffer)
-        # Atomic: a run killed in here still has its last state.
-        (self.folder / "state.tmp").write_bytes(buffer.getbuffer())
-        os.replace(self.folder / "state.tmp", self.state)
-
-    def restore(self, theta, phi, method):
-        """(theta, Adam's state), phi, method and log as they were saved; or as they begin."""
-        try:
-            if not self.state.exists():
-                os.truncate(self.log, len(self.log.open("rb").readline()))
-                self.t = 0
-                return theta, AdamState(0 * theta, 0 * theta, 0)
-            state = torch.load(self.state, map_location=theta.device, weights_only=True)
-            if state["theta"].shape != theta.shape or state["log"] > self.log.stat().st_size:
-                raise ValueError("it belongs to another model or log")
-            if phi:
-                phi.load_state_dict(state["phi"][0])
-                phi.optimizer.load_state_dict(state["phi"][1])
-            vars(method).update(state["method"], config=method.config)
-            self.t, self.rollouts, self.seconds = state["t"], state["rollouts"], state["seconds"]
-            os.truncate(self.log, state["log"])
-            return state["theta"], AdamState(*state["adam"])
-        except Exception as error:  # garbage, cut off: each has its own
-            raise ValueError(f"{self.state}: is not the state of this run ({str(error).strip()[:80]})")
-
-    def log_step(self, s):
-        row = dict(step=s.t, mu=s.mu, **s.row)
-        if r := s.rollouts:
-            row.update(success=r.success.mean().item(), entropy=r.entropy, truncated=r.truncated,
-                       zero_adv=(r.success.std(1) == 0).float().mean().item(),
-                       response_len=r.batch.mask.sum(1).mean().item())
-        if bad := [name for name, value in row.items() if not math.isfinite(value)]:
-            raise ValueError(f"step {s.t}: {', '.join(bad)} not finite; a lower --lr?")
-        self.rollouts += s.sampled
-        seconds = self.seconds + time.time() - self.clock
-        self.write("step", **row, rollouts=self.rollouts, seconds=round(seconds, 2))
-        tqdm.write(f"{s.t:5d}" + "".join(f"  {key} {row[key]:.3f}" for key in SHOWN if key in row))
-
-    def report(self, t, model, tokenizer, task, config, splits=None):
-        for split in tqdm(splits or task.splits, desc="evaluation", leave=False):
-            self.write("eval", step=t, whole=not splits, **evaluate(model, tokenizer, task, split, config))
-
-# --- Command line ---
-
-def parse(argv, methods, config_class):
-    """(Config, folder of the run, is it new); folder None: only evaluate."""
-    parser = argparse.ArgumentParser(
-        prog=Path(sys.argv[0]).name, description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    source = "".join(map(inspect.getsource, config_class.__mro__[:-1]))
-    texts = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-    fields = dataclasses.fields(config_class)
-    for f in fields:
-        def number(text, f=f, low=f.metadata["low"], high=f.metadata["high"]):
-            if low is not None and not (low <= f.type(text) <= high and math.isfinite(f.type(text))):
-                raise argparse.ArgumentTypeError(f"{text}: must be finite, in [{low}, {high}]")
-            return f.type(text)
-        choices = tuple(methods) if f.name == "method" else f.metadata["choices"]
-        alone = dict(nargs="?", const=1) if f.type is int and f.metadata["high"] == 1 else {}  # or with 0, 1
-        parser.add_argument("--" + f.name.replace("_", "-"), type=number, choices=choices, **alone,
-                            help=f"{texts[f.name]} (default: {f.default})")
-    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/TASK)")
-    parser.add_argument("--resume", type=Path, help="go on with the run in this folder")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate --model and stop")
-    parser.add_argument("--smoke", action="store_true", help="a very short run")
-    given = vars(parser.parse_args(argv))
-    if folder := given.get("resume"):
-        run = Run(folder)
-        if len(given) > 1 or not (rows := run.rows("config")) or run.rows("final"):
-            raise ValueError(f"--resume {folder}: takes an unfinished run, and no other flag")
-        flags = (f"--{f.name.replace('_', '-')}={rows[0].get(f.name)}" for f in fields)
-        return config_class(**vars(parser.parse_args(flags))), folder, False
-    cls, task = methods[given.get("method", "amft")], TASKS[given.get("task", "gp")]
-    evaluates = "eval_only" in given
-    for name in given:
-        if name in cls.unused or evaluates and name not in EVALUATES:
-            raise ValueError(f"--{name.replace('_', '-')}: is not used by "
-                            + ("--eval-only" if evaluates else f"--method {given.get('method', 'amft')}"))
-    paper = dict(utility="val", trace=0.0) if given.get("controller") == "paper" else {}
-    settings = {**task.defaults, **(SMOKE if "smoke" in given else {}), **cls.defaults, **paper, **given}
-    config = config_class(**{f.name: settings[f.name] for f in fields if f.name in settings})
-    numbered = (Path(f"runs/{config.task}" + f"-{i}" * (i > 1)) for i in range(1, 10000))
-    folder = given.get("out") or next(name for name in numbered if not name.exists())
-    return config, None if evaluates else folder, True
-
-def check(config, method):
-    """Raise ValueError, one line; settle on a device."""
-    low, high, most = config.mu_min, config.mu_max, max(config.prompts, config.sft_batch)
-    for ok, right in ((config.warmup <= config.steps, f"--warmup {config.warmup}: at most --steps"),
-                      (config.demos >= most, f"--demos {config.demos}: at least --prompts and --sft-batch"),
-                      (low <= high, f"--mu-min {low}: at most --mu-max, {high}"),
-                      ("mu_min" in method.unused or low <= config.mu <= high, f"--mu: in [{low}, {high}]")):
-        if not ok:
-            raise ValueError(right)
-    config.device = device_of(config.device)
-
-def main(argv=None, methods=METHODS, config_class=Config):
-    run = None
-    try:
-        config, folder, new = parse(argv, methods, config_class)
-        check(config, methods[config.method])
-        task = TASKS[config.task](data=config.data, data_test=config.data_test)
-        model, tokenizer = load_policy(config, task, folder is not None)
-        if folder is None:
+def main(argv: list | None = None, methods: dict = METHODS, config_class: type = Config,
+         method_flags: dict = METHOD_FLAGS) -> None:
+    """A run, or an evaluation, from the command line's words."""
+    arguments = parse(argv, config_class, TASKS, method_flags, __doc__)
+    config = arguments.config
+    with one_line_errors() as stop:
+        task = make_task(config, TASKS)
+        model, tokenizer = load_policy(config, task, sys.modules[__name__], learns=arguments.folder is not None)
+        if arguments.folder is None:
             rows = [evaluate(model, tokenizer, task, split, config) for split in task.splits]
             return print(table({config.model: rows}))
-        run = Run(folder, config if new else None)
-        train(config, methods[config.method](config), task, model, tokenizer, run)
-        run.report(config.steps, model, tokenizer, task, config)
-        model.save_pretrained(folder / "final")
-        tokenizer.save_pretrained(folder / "final")
-        run.write("final", rollouts=run.rollouts, seconds=round(run.seconds, 1))
-        rows = [row for row in run.rows("eval") if row["whole"]]
-        print(table({f"step {t}": [row for row in rows if row["step"] == t] for t in (0, config.steps)}))
-        curves(run.rows("step", "eval"), folder / "curves.png")
-        print(f"{run.rollouts} responses, {run.seconds / 60:.1f} minutes; see {folder}")
-    except (OSError, ValueError, KeyboardInterrupt) as error:
-        if isinstance(error, BrokenPipeError):  # | head: the interpreter's last flush must not fail again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        stopped, name = isinstance(error, KeyboardInterrupt), Path(sys.argv[0]).name
-        go_on = f"; go on with --resume {run.folder}" if run and run.t is not None else ""
-        print(f"{name}: {'stopped' if stopped else error}{go_on}", file=sys.stderr)
-        sys.exit(130 if stopped else 2)
+        run = stop.run = Run(arguments, model)
+        method = methods[config.method](config, task, (model, tokenizer))
+        train(config, method, task, model, tokenizer, run)
+        run.evaluate(config, task, partial(evaluate, model, tokenizer))
+        run.finish(model, tokenizer)
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,7 @@
 """The paper's benchmarks, generated from seeds: General Points (gp, gp-vl), V-IRL (virl, virl-vl), mathematics (math).
 
-Read `Episode` and `Task` first: they are all that `amft.py` knows of a task, and a sixth one is a subclass of each.
-After General Points stands what lies between a conversation and a model: texts as token ids, pictures as pixels, how a
-checkpoint is loaded, and how it says one turn. Then V-IRL, mathematics, and the pictures.
+Text, numbers and pictures alone: nothing here knows of a model. Read `Episode` and `Task` first: they are all that
+`amft.py` knows of a task, and a sixth one is a subclass of each.
 General Points and V-IRL were first defined in "SFT Memorizes, RL Generalizes" (Chu et al. 2025, arXiv 2501.17161,
 appendices A and B), whose shifts of rule and of look are the out-of-distribution questions of AMFT's experiments.
 
@@ -17,24 +16,14 @@ import json
 import math
 import random
 import re
-import sys
-import unicodedata
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache, partial
-from itertools import accumulate, combinations, combinations_with_replacement, product
-from pathlib import Path
+from functools import lru_cache
+from itertools import combinations, combinations_with_replacement, product
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch.nn.utils import parameters_to_vector
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
-from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig,
-                          LogitsProcessor, logging)
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 # ---------------------------------------------------------------------------------------------------------------
 # The interface. A policy and an episode hold a conversation: prompt, response, observation, response, ...
@@ -122,9 +111,7 @@ class Task:
     defaults = {}  # flags of amft.py that this task sets differently
     turns = 0  # graded attempts at each point; 0: the episode's own number
 
-    def __init__(self, turns=0, data="", data_test=""):
-        if data or data_test:
-            raise ValueError(f"--data{'' if data else '-test'} {data or data_test}: only --task math takes a file")
+    def __init__(self, turns=0):
         self.turns = turns or self.turns
 
     def draw(self, split, rng):
@@ -172,51 +159,6 @@ class Task:
         if played[0].seen[0] is not None:
             row["recognition"] = interval([(hit, e.unit) for e in played for hit in e.seen])
         return row
-
-
-def table(columns):
-    """The text of a table of success in percent; columns: {heading: [eval row of each split]}."""
-    lines = [f"{'success, %':14}" + "".join(f"{name + ': sampled [95%] any greedy':>36}" for name in columns)]
-    for rows in zip(*columns.values()):
-        cells = ([100 * row[key] for key in ("success", "low", "high", "any", "greedy")] for row in rows)
-        lines.append(f"{rows[0]['split']:14}"
-                     + "".join("{:14.1f} [{:4.1f}, {:4.1f}]{:4.0f}{:6.0f}".format(*cell) for cell in cells))
-    return "\n".join(lines)
-
-
-def curves(rows, path):
-    """Draw a run from the rows of its log: success, imitation, mu with the sums of its two forces, entropy. True if so.
-
-    Nothing is drawn where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    steps, evals = ([row for row in rows if row["kind"] == kind] for kind in ("step", "eval"))
-    figure = Figure((18, 4), layout="constrained")
-    axes = figure.subplots(1, 4)
-
-    def curve(axis, key, label=None, total=False, **style):
-        points = [(row["step"], row[key]) for row in steps if row.get(key) is not None]
-        if points:
-            x, y = zip(*points)
-            axis.plot(x, list(accumulate(y)) if total else y, label=label or key, **style)
-    curve(axes[0], "success", "the steps' samples", color="lightgrey")
-    for split in dict.fromkeys(row["split"] for row in evals):
-        axes[0].plot(*zip(*((row["step"], row["success"]) for row in evals if row["split"] == split)), "o--", label=split,
-                     linewidth=0.8, markersize=4)
-    curve(axes[1], "sft_loss")
-    curve(axes[2], "mu", color="black")
-    curve(axes[2], "meta_force", "sum of meta-gradient forces", total=True)
-    curve(axes[2], "entropy_force", "sum of entropy forces", total=True)
-    curve(axes[3], "entropy")
-    curve(axes[3], "target_entropy", "target H*", linestyle=":")
-    for axis, title in zip(axes, ("success of samples", "imitation", "mu and its two forces", "entropy (nats a token)")):
-        axis.set(title=title, xlabel="step")
-        if axis.lines:
-            axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    return True
 
 
 def interval(pairs, z=1.96):
@@ -579,344 +521,6 @@ def random_formula(numbers, rng):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What a policy reads: conversations as token ids
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """B conversations. Prompts are left-padded, so that every first response starts in the same column; after it,
-    turns of different length leave holes, which attention hides."""
-    ids: torch.Tensor  # (B, S)
-    attention: torch.Tensor  # (B, S), 1 on real tokens
-    mask: torch.Tensor  # (B, T), from the first response on: 1.0 on the policy's own tokens, EOS included
-    pixels: list  # B, each row's pictures in reading order: (n, 3, H, W), or (0,)
-
-    def rows(self, rows):
-        chosen = torch.arange(len(self.ids), device=self.ids.device)[rows].tolist()
-        return Batch(self.ids[rows], self.attention[rows], self.mask[rows], [self.pixels[i] for i in chosen])
-
-    @property
-    def responses(self):  # (B, T)
-        return self.ids[:, -self.mask.shape[1]:]
-
-
-SAID = "<what the policy said>"  # stands for a response while a chat template is rendered
-
-
-def encode_shown(model, tokenizer, text, first=True):
-    """Token ids of a prompt (first) or of an observation. A chat model gets its template, others plain text."""
-    if IMAGE in text:
-        vision = model.config.vision_config
-        text = text.replace(IMAGE, IMAGE * (vision.image_size // vision.patch_size) ** 2)
-    if tokenizer.chat_template:
-        before = [] if first else [dict(role="user", content="-"), dict(role="assistant", content=SAID)]
-        text = tokenizer.apply_chat_template(before + [dict(role="user", content=text)], tokenize=False,
-                                             add_generation_prompt=True)
-        if not first:  # an observation follows the end of turn, which the policy itself has said
-            text, end = text.split(SAID)[-1], end_of_turn(tokenizer)
-            text = text.partition(end)[2] if end in text else text
-    return tokenizer(text, add_special_tokens=first and not tokenizer.chat_template)["input_ids"]
-
-
-def end_of_turn(tokenizer):
-    """The token with which a response ends: in a chat template the first special one after it, else EOS."""
-    if tokenizer.chat_template:
-        messages = [dict(role="user", content="-"), dict(role="assistant", content=SAID)]
-        rest = tokenizer.apply_chat_template(messages, tokenize=False).split(SAID)[-1]
-        special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t) in rest]
-        if special:
-            return min(special, key=rest.index)
-    if tokenizer.eos_token is None:
-        raise ValueError("its tokenizer has no token that ends a text")
-    return tokenizer.eos_token
-
-
-def ends_of(model, tokenizer):
-    """Ids of all tokens that end a response: the one that is taught first, then the checkpoint's others."""
-    known = [tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)), tokenizer.eos_token_id]
-    for ids in (model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id):
-        known += ids if isinstance(ids, list) else [ids]
-    return [i for i in dict.fromkeys(known) if i is not None]
-
-
-def check_texts(model, tokenizer, task, max_new_tokens):
-    """Raise ValueError where a text cannot be encoded, or does not fit: of a file's problems, where any does not."""
-    rows, room = model.get_input_embeddings().num_embeddings, room_of(model)
-    long, longest, examples = [], 0, task.examples()
-    for i, episode in enumerate(examples):
-        turns = episode.demonstration()
-        responses = tokenizer([turn.response for turn in turns], add_special_tokens=False)["input_ids"]
-        prompt = encode_shown(model, tokenizer, episode.prompt)
-        for text in (text for turn in turns for text in (turn.shown, turn.response) if i == 0):
-            back = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if back.split() != text.split():
-                raise ValueError(f"its tokenizer cannot encode the task: a text comes back as {back[-60:]!r}")
-        if tokenizer.unk_token_id in {*prompt, *sum(responses, [])} - {tokenizer.eos_token_id, None}:
-            raise ValueError(f"its tokenizer cannot encode all of {episode.source or 'a text'}")
-        if max(max(ids, default=0) for ids in (prompt, *responses)) >= rows:
-            raise ValueError(f"its tokenizer has tokens that the model lacks, which has {rows}")
-        if len(prompt) + max_new_tokens > room:
-            raise ValueError(f"{episode.source or 'a prompt'} has {len(prompt)} tokens, with --max-new-tokens "
-                             f"{max_new_tokens} more than the model's {room}")
-        if (length := max(map(len, responses)) + 1) > max_new_tokens and not episode.exam:
-            long, longest = long + [episode.source], max(longest, length)
-    if long:
-        first = f", first {long[0]}" * bool(long[0])
-        raise ValueError(f"--max-new-tokens is {max_new_tokens}, {len(long)} of {len(examples)} demonstrations are longer"
-                         f"{first}; the longest has {longest} tokens")
-
-
-def room_of(model):
-    """Most tokens of a conversation."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-
-
-def pad(rows, tokenizer, device, side="right"):
-    """(ids, attention), each (B, width), of lists of token ids."""
-    rows = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
-    return (pad_sequence(rows, True, tokenizer.pad_token_id, side),
-            pad_sequence([torch.ones_like(row) for row in rows], True, 0, side))
-
-
-def pixels_of(images, device):
-    """(n, 3, H, W) in [-1, 1] of a list of (H, W, 3) uint8 pictures; (0,) of none."""
-    if not images:
-        return torch.empty(0, device=device)
-    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def show(model, tokenizer, episodes, texts, first=False):
-    """(ids, attention, each (B, width) and left-padded, pixels) of the texts that episodes show; "" is one end."""
-    end = ends_of(model, tokenizer)[:1]
-    ids = [encode_shown(model, tokenizer, text, first) if text else end for text in texts]
-    pixels = [pixels_of([e.image] if IMAGE in text else [], model.device) for e, text in zip(episodes, texts)]
-    return *pad(ids, tokenizer, model.device, "left"), pixels
-
-
-def encode_demos(model, tokenizer, episodes):
-    """Batch of the episodes' demonstrations."""
-    prompts, rests, masks, pixels, end = [], [], [], [], ends_of(model, tokenizer)[:1]
-    for turns in (episode.demonstration() for episode in episodes):
-        prompts.append(encode_shown(model, tokenizer, turns[0].shown))
-        rest, mask = [], []
-        for i, turn in enumerate(turns):
-            shown = encode_shown(model, tokenizer, turn.shown, first=False) if i else []
-            # The end carries loss, or the policy would never learn to stop.
-            said = tokenizer(turn.response, add_special_tokens=False)["input_ids"] + end
-            rest, mask = rest + shown + said, mask + [0.0] * len(shown) + [float(turn.learn)] * len(said)
-        rests.append(rest)
-        masks.append(torch.tensor(mask, device=model.device))
-        pixels.append(pixels_of([turn.image for turn in turns if turn.image is not None], model.device))
-    ids, attention = (torch.cat(sides, 1) for sides in zip(pad(prompts, tokenizer, model.device, "left"),
-                                                           pad(rests, tokenizer, model.device)))
-    return Batch(ids, attention, pad_sequence(masks, True), pixels)
-
-
-def inputs(ids, attention, pixels, start=0):
-    """What the model takes of the columns from `start` on; those before are in its cache."""
-    positions = (attention.cumsum(1) - 1).clamp(min=0)  # padding and holes take no position
-    pixels = [p for p in pixels if len(p)]
-    return dict(input_ids=ids[:, start:], attention_mask=attention, position_ids=positions[:, start:],
-                **(dict(pixel_values=torch.cat(pixels)) if pixels else {}))
-
-
-def outputs(model, batch, temperature=1.0, hidden=False):
-    """(logits (B, T, V) that predict the response tokens, last hidden states (B, T, D) there, or None)."""
-    S, T = batch.ids.shape[1], batch.mask.shape[1]
-    # Column t of the logits predicts column t + 1 of the ids: the response is predicted one column earlier.
-    columns = torch.arange(S - T - 1, S - 1, device=batch.ids.device)
-    out = model(**inputs(batch.ids, batch.attention, batch.pixels), logits_to_keep=columns, use_cache=False,
-                output_hidden_states=hidden)
-    states = wide(out.hidden_states[-1][:, columns]) if hidden else None
-    return out.logits if temperature == 1 else wide(out.logits) / temperature, states
-
-
-def wide(x):
-    """x in float32, or finer if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def flatten(model):  # theta (N,), in float32 at least
-    return wide(parameters_to_vector(model.parameters()).detach())
-
-
-def vector_to_parameters(theta, parameters):
-    """As torch's: the weights become views of theta (N,); those in bfloat16 its rounded copies."""
-    parameters = list(parameters)
-    for weight, part in zip(parameters, theta.split([weight.numel() for weight in parameters])):
-        weight.data = part.view_as(weight).to(weight.dtype)
-
-
-class InParts(torch.autograd.Function):
-    """function(logits (B, T, V), ids (B, T)) -> (B, T), without what it keeps. V is large: log_softmax keeps a copy of
-    (B, T, V), and its gradient makes two more. Here the logits stay as they are and their gradient is the only copy: both
-    go a few rows at a time."""
-    at_once = 2 ** 24  # logits
-
-    @staticmethod
-    def few(*tensors):
-        return zip(*(x.split(max(1, InParts.at_once // tensors[0][0].numel())) for x in tensors))
-
-    @staticmethod
-    def forward(ctx, function, logits, ids):
-        ctx.function = function
-        ctx.save_for_backward(logits, ids)
-        return torch.cat([function(x, i) for x, i in InParts.few(logits, ids)])
-
-    @staticmethod
-    def backward(ctx, grad):
-        logits, ids = ctx.saved_tensors
-        slope = torch.empty_like(logits)
-        with torch.enable_grad():
-            for out, x, i, g in InParts.few(slope, logits, ids, grad):
-                x = x.detach().requires_grad_()
-                out.copy_(torch.autograd.grad(ctx.function(x, i), x, g)[0])
-        return None, slope, None
-
-
-class Watcher(LogitsProcessor):
-    """Reads the entropy off the logits that generation computes anyway; has conversations that are done say the end."""
-    def __init__(self, done, end):
-        self.done, self.end, self.columns = done, end, []  # done (B,)
-
-    def __call__(self, ids, logits):
-        logp = logits.float().log_softmax(-1)
-        self.columns.append(-(logp.exp() * logp).sum(-1))
-        if self.done.any():
-            logits = logits.masked_fill(self.done.unsqueeze(1), -torch.inf)
-            logits[self.done, self.end] = 0.0
-        return logits
-
-
-def generation(model, tokenizer, max_new_tokens, temperature):
-    """How generate speaks: pure sampling at a temperature, or greedily at 0."""
-    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
-    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends_of(model, tokenizer),
-                            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, **sampling)
-
-
-def read(model, ids, attention, pixels, cache=None):
-    """The cache of all tokens but the last, from which generate goes on."""
-    known = cache.get_seq_length() if cache else 0
-    return model(**inputs(ids[:, :-1], attention[:, :-1], pixels, known), past_key_values=cache, use_cache=True,
-                 logits_to_keep=1).past_key_values
-
-
-def say(model, tokenizer, ids, attention, cache, done, how):
-    """A response of each conversation -> (ids (B, S'), which new ones count (B, n), sum of entropies, cut (B,))."""
-    watcher = Watcher(done, how.eos_token_id[0])
-    out = model.generate(ids, attention_mask=attention, past_key_values=cache, logits_processor=[watcher],
-                         generation_config=how)
-    # Finished before this token? Told by the end that came, never by ids == pad: pad may be an end, or be sampled.
-    ended = torch.isin(out[:, ids.shape[1]:], torch.tensor(how.eos_token_id, device=out.device)).long()
-    own = ((ended.cumsum(1) - ended == 0) & ~done.unsqueeze(1)).float()
-    return out, own, (torch.stack(watcher.columns, 1) * own).sum().item(), ~done & ~ended.any(1)
-
-
-def sliced(step, *vectors, size=2 ** 22):
-    """What step makes of vectors (N,) entry by entry, three vectors (N,), by slices: all between is of their size."""
-    made = [torch.empty_like(vectors[0]) for _ in range(3)]
-    for i in range(0, len(vectors[0]), size):
-        # Cloned: in forward mode the tangent of a view takes as much memory as the whole.
-        for x, part in zip(made, step(*(x[i:i + size].clone() for x in vectors))):
-            x[i:i + size] = part
-    return made
-
-
-def device_of(name):
-    """The name of a device that is here; of auto the first of cuda, mps, cpu."""
-    if name == "auto":
-        name = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: is not here ({str(error).splitlines()[0][:80]})")
-    return name
-
-
-def load_policy(config, task, learns=True):
-    """(model, tokenizer) of a checkpoint folder or hub name, checked against the task, and that it learns."""
-    logging.disable_progress_bar()
-    episode, here = task.sample("train", random.Random(0)), Path(__file__).resolve().parent
-    eyes = episode.image is not None
-    source = "base-vl" if eyes and config.model == "base" else config.model
-    source = here / source if (here / source / "config.json").exists() else source
-    if not config.device.startswith("cpu"):
-        torch.set_float32_matmul_precision("high")
-    try:
-        kind = AutoModelForImageTextToText if eyes else AutoModelForCausalLM
-        model, info = kind.from_pretrained(source, dtype=torch.bfloat16 if config.bf16 else torch.float32,
-                                           output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        if info["missing_keys"] or info["mismatched_keys"] or not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError("weights are missing, or not finite")
-        prepare(model, tokenizer, config)
-        check_texts(model, tokenizer, task, config.max_new_tokens)
-        if eyes:  # a response may not hold the token that a picture stands for: no picture would come with it
-            token = torch.tensor([model.config.image_token_id], device=config.device)
-            model.get_output_embeddings().register_forward_hook(lambda _, __, out: out.index_fill(-1, token, -1e9))
-        rehearse(model.to(config.device).eval(), tokenizer, episode, learns)
-    except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own
-        text = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"--model {config.model}: not a {'vision-language ' * eyes}checkpoint for {config.task} ({text})")
-    return model, tokenizer
-
-
-def prepare(model, tokenizer, config):
-    """Of the checkpoint's settings keep those that a policy may have, which says what it says by its logits alone."""
-    tokenizer.pad_token = tokenizer.pad_token or end_of_turn(tokenizer)
-    # Its own configuration would enter generate wherever ours is silent: penalties, forced and forbidden tokens.
-    model.generation_config = GenerationConfig(eos_token_id=ends_of(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
-                                               bos_token_id=tokenizer.bos_token_id)
-    if config.gradient_checkpointing:
-        layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        if not layers:
-            raise ValueError("it has no layers that --gradient-checkpointing knows")
-        for layer in layers:
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-            vars(layer).update({name: 0.0 for name, p in vars(layer).items() if "dropout" in name and isinstance(p, float)})
-
-        def where_it_learns(*_):
-            # A layer does this in training mode only, and then without a cache. What is in it stays in evaluation mode:
-            # dropout would make another policy of it.
-            for layer in layers:
-                layer.training = torch.is_grad_enabled()
-        model.register_forward_pre_hook(where_it_learns)
-
-
-def nll(logits, batch):  # (B, T, V) -> (B, T)
-    return torch.nn.functional.cross_entropy(wide(logits).transpose(1, 2), batch.responses, reduction="none") * batch.mask
-
-
-def rehearse(model, tokenizer, episode, learns):
-    """Read, speak and learn once, on a demonstration: what a checkpoint cannot do fails here and now, not in step 10.
-
-    Its log-probabilities after padding and from a cache, as in sampling, must be those of a plain forward pass: some
-    architectures do not honour padding, positions, or a cache that was read before."""
-    batch, pictures = encode_demos(model, tokenizer, [episode]), int(episode.image is not None)
-    (pixels,), known, two = batch.pixels, batch.ids.shape[1] - batch.mask.shape[1], torch.zeros_like(batch.ids[:, :2])
-    ids, attention = torch.cat([two + tokenizer.pad_token_id, batch.ids], 1), torch.cat([two, batch.attention], 1)
-    with torch.no_grad():
-        plain = model(batch.ids, **(dict(pixel_values=pixels) if len(pixels) else {})).logits[:, known - 1:-1]
-        cache = read(model, ids[:, :known + 2], attention[:, :known + 2], [pixels[:pictures]])
-        cache.batch_repeat_interleave(2)
-        ids, attention = ids.repeat(2, 1), attention.repeat(2, 1)
-        later = model(**inputs(ids, attention, 2 * [pixels[pictures:]], known + 1), past_key_values=cache).logits[:1, :-1]
-        gap = [-nll(logits, batch) for logits in (plain, later)]
-        limit = 0.5 if plain.dtype == torch.bfloat16 else 0.1  # rounding is far below it, another policy far above
-        if not (gap := (gap[0] - gap[1]).abs().sum() / batch.mask.sum()) < limit:
-            raise ValueError(f"padding and a cache change its log-probabilities, by {gap:.2f} a token")
-        done = torch.zeros(2, dtype=torch.bool, device=model.device)
-        say(model, tokenizer, ids, attention, cache, done, generation(model, tokenizer, 2, 0))
-    if learns:
-        loss = nll(outputs(model, batch)[0], batch).sum()
-        for grad in torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True):
-            if not grad.isfinite().all():
-                raise ValueError("its gradient is not finite")
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # V-IRL: follow written directions through a city, one action at a time
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -1271,91 +875,14 @@ class Mathematics(Task):
     }
     defaults = dict(SHORT, max_new_tokens=100, sft_batch=32)
 
-    def __init__(self, turns=0, data="", data_test="", heldout=0.2):
-        """data: a .jsonl file of the reader's own problems; heldout: the share of it for each of val and heldout;
-        data_test: one more file, a split of its own. What it asks is not trained on, should data ask it, too."""
-        super().__init__(turns)
-        self.problems = {}
-        if data:
-            self.splits = {"val": "of the file, the controller's utility", "id": "of the file, trained on",
-                           "heldout": "of the file, never trained on"}
-        if data_test:
-            self.problems["test"] = [replace(problem, exam=True) for problem in read_problems(data_test)]
-            self.splits = {**self.splits, "test": "of a file of its own"}
-        if data:
-            shares, tested = (("val", heldout), ("heldout", heldout), ("train", 1.0)), {p.unit for p in self.problems.get("test", ())}
-            problems = read_problems(data)
-            for problem in problems:
-                if problem.unit not in tested:
-                    self.problems.setdefault(role_of(problem.unit, shares), []).append(problem)
-            missing = {"train", "val", "heldout"} - set(self.problems)
-            if missing:
-                raise ValueError(f"{data}: too few problems: none fell to {', '.join(sorted(missing))}")
-            if left_out := sum(problem.unit in tested for problem in problems):
-                print(f"{left_out} of {len(problems)} problems of {data} are in {data_test}, too: left out", file=sys.stderr)
-
-    def training(self, n, rng):
-        """A file is gone through in epochs, each in its own order."""
-        own, drawn = self.problems.get("train"), []
-        while own and len(drawn) < n:
-            drawn += rng.sample(own, len(own))
-        return [self.granted(replace(problem)) for problem in drawn[:n]] or super().training(n, rng)
-
-    def examples(self):
-        return [problem for problems in self.problems.values() for problem in problems] or super().examples()
-
-    def episodes(self, split, n):
-        own = self.problems.get("train" if split == "id" else split)
-        few = random.Random(f"evaluate {split}").sample(own, min(n, len(own))) if own else super().episodes(split, n)
-        return [self.granted(replace(problem)) for problem in few]
-
     def draw(self, split, rng):
         role = {"id": "train", "ood_length": "heldout", "ood_rule": "heldout"}.get(split, split)
-        if role in self.problems:
-            return replace(rng.choice(self.problems[role]))
         while True:
             steps = 5 if split == "ood_length" else rng.choice((3, 4))
             rule = (rng.choice(OOD_MEANINGS), rng.choice(SYMBOLS)) if split == "ood_rule" else ()
             problem = chain(rng, steps, *rule)
             if role_of(problem.unit) == role:
                 return problem
-
-
-def read_problems(path):
-    """Problems of a .jsonl file, {"prompt", "solution", "answer"} a line. ValueError names a bad line and its fault.
-
-    A prompt that names no form of answer gets the request for a box. Problems that differ in case, spaces or composed
-    characters alone are one unit: they fall to one role."""
-    problems = []
-    try:  # JSON may hold other characters that end a line for Python
-        lines = open(path, encoding="utf-8-sig", newline="").read().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})")
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line, parse_constant=no_constant)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path}, line {i}: is not JSON")
-        for key in ("prompt", "solution", "answer"):
-            if not isinstance(fields, dict) or not isinstance(fields.get(key), str) or not fields[key].strip():
-                raise ValueError(f'{path}, line {i}: "{key}" must be a text that is not empty')
-        prompt, solution, answer = fields["prompt"], fields["solution"], fields["answer"].strip()
-        if IMAGE in prompt + solution:
-            raise ValueError(f"{path}, line {i}: {IMAGE} stands for a picture, and there is none")
-        unit = " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold()).split())
-        if not any(form in prompt for form in ("\\boxed", "####")):
-            prompt = f"{prompt.rstrip()} {REQUEST}"
-        problem = Problem(prompt, solution, answer, unit, f"{path}, line {i}")
-        if problem.grade(solution) != "correct" and answer_in(solution) is not None:
-            raise ValueError(f'{path}, line {i}: "solution" ends in another answer than "answer", {answer}')
-        if last_box(solution) is None and ("####" not in prompt or answer_in(solution) is None):
-            problem.solution += f"\nAnswer: \\boxed{{{answer}}}"  # what the prompt asks for
-        if problem.grade(problem.solution) != "correct":
-            raise ValueError(f'{path}, line {i}: "answer" cannot stand in a box')
-        problems.append(problem)
-    return problems
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,74 @@
+"""The policy and the task that a configuration names, and the device they are on."""
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, logging
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = 10 ** 7  # parameters; on a CPU such a policy gains little from a second thread, and loses much on a busy core
+
+
+def load_policy(config: Any, task: Any, core: Any, learns: bool = True) -> tuple:
+    """(model, tokenizer): the policy that is shipped for the task, or a checkpoint, which is then checked for it.
+
+    core: the module amft as it runs, whose functions the checks use."""
+    logging.disable_progress_bar()
+    config.device = device_of(config.device)
+    sees = task.sample("train", random.Random(0)).image is not None
+    name = "base-vl" if sees and config.model == "base" else config.model
+    source = ROOT / name if (ROOT / name / "config.json").exists() else name
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    try:
+        model, info = kind.from_pretrained(source, dtype=torch.bfloat16 if config.bf16 else torch.float32,
+                                           output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if sees:  # a response may not hold the token that a picture stands for: no picture would come with it
+            banned = torch.tensor([model.config.image_token_id], device=config.device)
+            head = model.get_output_embeddings()
+            head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, banned, -1e9))
+        model.to(config.device).eval()
+        if not is_shipped(config, task):
+            from recipes.checkpoints import check_checkpoint
+            check_checkpoint(core, model, tokenizer, info, task, config, learns)
+    except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own
+        text = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        eyes = "vision-language " if sees else ""
+        raise ValueError(f"--model {config.model}: not a {eyes}checkpoint for {config.task} ({text})")
+    if config.device == "cpu" and model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return model, tokenizer
+
+
+def is_shipped(config: Any, task: Any) -> bool:
+    """Is it a policy of this repository, with its task's settings? Those are known to work."""
+    room = task.defaults.get("max_new_tokens", type(config).max_new_tokens)
+    unusual = config.data, config.data_test, config.bf16, config.gradient_checkpointing
+    return config.model == "base" and config.max_new_tokens == room and not any(unusual)
+
+
+def make_task(config: Any, tasks: dict) -> Any:
+    """The task that is named, or one of a reader's own problems."""
+    if not config.data and not config.data_test:
+        return tasks[config.task]()
+    if config.task != "math":
+        name = "--data" if config.data else "--data-test"
+        raise ValueError(f"{name} {config.data or config.data_test}: only --task math takes a file")
+    from recipes.problems import OwnProblems
+    return OwnProblems(data=config.data, data_test=config.data_test)
+
+
+def device_of(name: str) -> str:
+    """A device that is here; of auto the first of cuda, mps, cpu. ValueError where it is not."""
+    if name == "auto":
+        name = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: is not here ({str(error).splitlines()[0][:80]})")
+    if not name.startswith("cpu"):
+        torch.set_float32_matmul_precision("high")
+    return name
