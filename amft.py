@@ -1,12 +1,12 @@
 """AMFT, Adaptive Meta Fine-Tuning (arXiv 2508.06944), in one file.
 
-A policy pi_theta learns from demonstrations (SFT) and from its own graded samples (RL) on one loss, and a
-controller learns their balance mu from what mu does to success on held-out prompts, steadied by the entropy:
+A policy pi_theta learns from demonstrations (SFT) and from its own graded samples (RL) on one loss,
+and a controller learns their balance mu from what mu does to success on held-out prompts:
 
-    (1)  J_RL(theta)  = E_{y ~ pi_theta}[R_explicit(y)]      R = 1 if y is correct, else 0; L_RL by PPO-clip
-    (2)  L_SFT(theta) = -E_{(x, y*)}[log pi_theta(y* | x)]   the implicit reward of following the expert's y*
+    (1)  J_RL(theta)  = E_{y ~ pi_theta}[R_explicit(y)]     R = 1 if y is correct, else 0; PPO-clip
+    (2)  L_SFT(theta) = -E_{(x, y*)}[log pi_theta(y* | x)]  the implicit reward of the expert's path
     (3)  L(theta; mu) = (1 - mu) L_RL(theta) + mu L_SFT(theta)
-    (4)  U(theta')    = E_{x ~ val, y ~ pi_theta'}[R_explicit(y)], theta' = theta after a step on L(theta; mu)
+    (4)  U(theta')    = E_{x ~ val, y ~ pi_theta'}[R_explicit(y)], theta' = theta after a step on L
     (5)  dU/dmu       = <grad U(theta'), d theta'/d mu>
     (6)  mu          <- clip(mu + eta_mu dU/dmu + eta_H (H* - H(pi_theta)), mu_min, mu_max)
 
@@ -16,16 +16,16 @@ Differs from the paper:
     U can also be of the step's own prompts, for a dot product (--utility val: Eq. 4)
     the entropy's sign is Eq. 6's; the paper's text has the other one (--eta-h below 0)
     both losses are divided by their batch's response tokens; the paper leaves it open
-    General Points' defaults: no warm-up, --advantage group, --imitation rectified (the paper: W, gae, nll)
+    General Points' defaults: no warm-up, --advantage group, --imitation rectified (W, gae, nll)
 
     python amft.py --task gp                    # Algorithm 1 on General Points, minutes on a CPU
     python amft.py --task gp --smoke            # the same path in under a minute
-    python amft.py --task gp --method sft-rl    # or sft, rl, fixed; other rivals have their own file
+    python amft.py --task gp --method sft-rl    # or sft, rl, fixed; rivals: compare/rivals.py
     python amft.py --resume runs/gp             # go on with a run that was cut off
 
-Start reading at `train`, which is Algorithm 1. Shapes: P prompts, G samples of each, B = P * G conversations,
-S tokens of the whole, T after the prompt, V vocabulary, D width, N parameters. theta, gradients and Adam's
-moments are flat, (N,).
+Read `train` first, Algorithm 1. Shapes: P prompts, G samples of each, B = P * G conversations,
+S tokens of the whole, T after the prompt, V vocabulary, D width, N parameters. theta, gradients and
+Adam's moments are flat, (N,).
 """
 
 import copy
@@ -37,25 +37,27 @@ import sys
 from functools import partial
 from typing import Any, Callable, NamedTuple
 
-from harness.arguments import METHOD_FLAGS, flag, parse, stop_quietly
+from harness.arguments import METHOD_FLAGS, RunConfig, flag, parse, stop_quietly
 from harness.screen import table
-from tasks import IMAGE, TASKS, Episode, Task
+from tasks import IMAGE, TASKS, Task
 
 # --- Configuration: the flags ---
-
 @dataclasses.dataclass
-class Config:
+class Config(RunConfig):
+    """The algorithm's flags. RunConfig has the run's: steps, task, model, seed, device."""
     # The mixture
     method: str = flag("amft", "what chooses mu")
     mu: float = flag(0.5, "mu of fixed, and where amft starts", 0, 1)
     warmup: int = flag(10, "W: the first steps, SFT alone; of sft-rl 0: half", 0)
     # The controller
-    controller: str = flag("evidence", "paper: Eq. 6, trace 0, U on val", choices=("evidence", "paper"))
+    controller: str = flag("evidence", "paper: Eq. 6, trace 0, U on val",
+                           choices=("evidence", "paper"))
     eta_mu: float = flag(0.05, "most that a step moves mu; paper: its rate; 0: no meta-gradient", 0)
     eta_h: float = flag(0.5, "mu's move per step and nat of entropy below H*", -1e6, 1e6)
     mu_min: float = flag(0.05, "mu stays at or above", 0, 1)
     mu_max: float = flag(0.95, "mu stays at or below", 0, 1)
-    utility: str = flag("both", "whose success; train: the step's own prompts'", choices=("val", "train", "both"))
+    utility: str = flag("both", "whose success; train: the step's own prompts'",
+                        choices=("val", "train", "both"))
     meta_every: int = flag(5, "K: steps between looks at validation prompts", 1)
     trace: float = flag(0.98, "share of d theta/d mu that is carried on; 0: Eq. 5", 0, 1)
     # Exploration
@@ -63,30 +65,21 @@ class Config:
     samples: int = flag(8, "G: samples of a prompt", 2)
     temperature: float = flag(1.0, "of sampling and log-probabilities", 0.01)
     max_new_tokens: int = flag(40, "longest response", 1)
-    reward: str = flag("binary", "1/0 (Eq. 1), or the task's own points", choices=("binary", "graded"))
-    advantage: str = flag("gae", "over phi, or over a prompt's other samples", choices=("gae", "group"))
+    reward: str = flag("binary", "1/0 (Eq. 1), or the task's own points",
+                       choices=("binary", "graded"))
+    advantage: str = flag("gae", "over phi, or over a prompt's other samples",
+                          choices=("gae", "group"))
     clip: float = flag(0.2, "PPO's range of the ratio", 0, 1)
     ppo_epochs: int = flag(1, "updates with each batch of samples", 1)
     # Imitation
-    imitation: str = flag("nll", "Eq. 2; rectified: times each token's own p", choices=("nll", "rectified"))
+    imitation: str = flag("nll", "Eq. 2; rectified: times each token's own p",
+                          choices=("nll", "rectified"))
     demos: int = flag(20000, "training problems, a demonstration each", 1)
     sft_batch: int = flag(64, "demonstrations in a step", 1)
-    # The run
-    steps: int = flag(100, "in all, the warm-up's included", 1)
+    # The step
     lr: float = flag(1e-4, "alpha at the first step; it falls linearly to 0", 1e-12)
-    task: str = flag("gp", "the task", choices=tuple(TASKS))
-    model: str = flag("base", "checkpoint folder or hub name; base: the one here")
-    data: str = flag("", "math: your problems, .jsonl: prompt, solution, answer")
-    data_test: str = flag("", "math: more of them, only evaluated")
-    eval_n: int = flag(400, "episodes of a split, at most", 1)
-    val_every: int = flag(0, "steps between evaluations on val; 0: none", 0)
-    seed: int = flag(0, "same seed, same CPU: same log", 0, 2 ** 62)
-    device: str = flag("auto", "auto: the first here of cuda, mps, cpu")
-    micro_tokens: int = flag(4096, "tokens in a pass, a sequence at least: memory only", 1)
-    gradient_checkpointing: int = flag(0, "less memory, more time", 0, 1)
-    bf16: int = flag(0, "the policy in bfloat16; theta and its sums in float32", 0, 1)
 
-if __name__ == "__main__":  # now, since torch takes seconds to import: --help and a mistyped flag answer at once
+if __name__ == "__main__":  # a mistyped flag and --help answer before torch is imported, in seconds
     signal.signal(signal.SIGINT, stop_quietly)
     parse(None, Config, TASKS, METHOD_FLAGS, __doc__)
 
@@ -94,28 +87,34 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.utils import parameters_to_vector, vector_to_parameters  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
-from transformers import Cache, PreTrainedModel as Model, PreTrainedTokenizerBase as Tokenizer  # noqa: E402
+from transformers import Cache  # noqa: E402
+from transformers import PreTrainedModel as Model  # noqa: E402
+from transformers import PreTrainedTokenizerBase as Tokenizer  # noqa: E402
 
 from harness.cache import max_length, with_room  # noqa: E402
-from harness.memory import by_rows, by_slices  # noqa: E402
 from harness.loading import load_policy, make_task  # noqa: E402
+from harness.memory import by_rows, by_slices  # noqa: E402
+from harness.pictures import pixel_values, place_pictures  # noqa: E402
 from harness.run import Run, one_line_errors  # noqa: E402
 from harness.value import value_function  # noqa: E402
 
 # --- The policy: conversations as token ids ---
-
 class Batch(NamedTuple):
-    """B conversations. Prompts are left-padded, so that every first response starts in the same column; after
-    it, turns of different length leave holes, which attention hides."""
+    """B conversations. Prompts are left-padded: every first response starts in the same column.
+    After it turns of different length leave holes, which attention hides."""
     input_ids: Tensor  # (B, S)
     attention_mask: Tensor  # (B, S), 1 on real tokens
-    response_mask: Tensor  # (B, T), from the first response on: 1.0 on the policy's own tokens, ends included
+    response_mask: Tensor  # (B, T), of what follows the prompt: 1.0 on the policy's tokens and ends
     images: list  # B, each row's pictures in reading order, a list of (H, W, 3) uint8
 
     def rows(self, rows):
         chosen = torch.arange(len(self.input_ids), device=self.input_ids.device)[rows].tolist()
         images = [self.images[i] for i in chosen]
-        return Batch(self.input_ids[rows], self.attention_mask[rows], self.response_mask[rows], images)
+        return Batch(
+            self.input_ids[rows],
+            self.attention_mask[rows],
+            self.response_mask[rows],
+            images)
 
     @property
     def responses(self):  # (B, T)
@@ -126,26 +125,27 @@ def stop_token_ids(model: Model) -> list:
     ids = model.generation_config.eos_token_id
     return ids if isinstance(ids, list) else [ids]
 
-def encode_text(model: Model, tokenizer: Tokenizer, text: str,
-                first: bool = True) -> list:
+def encode_text(model: Model, tokenizer: Tokenizer, text: str, first: bool = True) -> list:
     """Token ids of what a task shows: a prompt (first), or an observation."""
-    if IMAGE in text:  # a picture takes the place of so many tokens
-        vision = model.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        text = text.replace(IMAGE, IMAGE * patches)
+    text = place_pictures(model, text)
     if tokenizer.chat_template:
         from recipes.checkpoints import encode_chat
         return encode_chat(tokenizer, text, first)
     return tokenizer(text, add_special_tokens=first)["input_ids"]
 
+def pad(tokenizer: Tokenizer, rows: list, side: str, device: Any) -> tuple:
+    """(ids, attention mask), each (B, width), of lists of token ids."""
+    padded = tokenizer.pad(dict(input_ids=rows), padding_side=side, return_tensors="pt")
+    return padded["input_ids"].to(device), padded["attention_mask"].to(device)
+
 def encode_observations(model: Model, tokenizer: Tokenizer, episodes: list, texts: list,
                         first: bool = False) -> tuple:
-    """(ids, attention mask, each (B, width) and left-padded, images) of what episodes show; "" is one end."""
+    """(ids, attention mask, (B, width) each, left-padded; images) of what is shown; "": one end."""
     end = stop_token_ids(model)[:1]
-    ids = [encode_text(model, tokenizer, text, first) if text else end for text in texts]
-    padded = tokenizer.pad(dict(input_ids=ids), padding_side="left", return_tensors="pt").to(model.device)
+    rows = [encode_text(model, tokenizer, text, first) if text else end for text in texts]
+    ids, attention_mask = pad(tokenizer, rows, "left", model.device)
     images = [[episode.image] if IMAGE in text else [] for episode, text in zip(episodes, texts)]
-    return padded["input_ids"], padded["attention_mask"], images
+    return ids, attention_mask, images
 
 def encode_demos(model: Model, tokenizer: Tokenizer, episodes: list) -> Batch:
     """The Batch of the episodes' demonstrations."""
@@ -154,46 +154,43 @@ def encode_demos(model: Model, tokenizer: Tokenizer, episodes: list) -> Batch:
         turns = episode.demonstration()
         rest, mask = [], []
         for turn in turns:
-            if turn is not turns[0]:  # an observation
-                shown = encode_text(model, tokenizer, turn.shown, first=False)
-                rest += shown
-                mask += [0.0] * len(shown)
+            if turn is not turns[0]:
+                observation = encode_text(model, tokenizer, turn.shown, first=False)
+                rest += observation
+                mask += [0.0] * len(observation)
             response = tokenizer(turn.response, add_special_tokens=False)["input_ids"]
-            response += stop_token_ids(model)[:1]  # it carries loss, or the policy would never learn to stop
+            response += stop_token_ids(model)[:1]  # has loss, or the policy would not learn to stop
             rest += response
             mask += [float(turn.learn)] * len(response)
         prompts.append(encode_text(model, tokenizer, turns[0].shown))
         rests.append(rest)
         masks.append(torch.tensor(mask, device=model.device))
         images.append([turn.image for turn in turns if turn.image is not None])
-    prompts = tokenizer.pad(dict(input_ids=prompts), padding_side="left", return_tensors="pt")
-    rests = tokenizer.pad(dict(input_ids=rests), padding_side="right", return_tensors="pt")
-    input_ids = torch.cat([prompts["input_ids"], rests["input_ids"]], 1).to(model.device)
-    attention_mask = torch.cat([prompts["attention_mask"], rests["attention_mask"]], 1).to(model.device)
-    return Batch(input_ids, attention_mask, pad_sequence(masks, True), images)
+    prompt_ids, prompt_attention = pad(tokenizer, prompts, "left", model.device)
+    rest_ids, rest_attention = pad(tokenizer, rests, "right", model.device)
+    attention_mask = torch.cat([prompt_attention, rest_attention], 1)
+    return Batch(torch.cat([prompt_ids, rest_ids], 1), attention_mask, pad_sequence(masks, True),
+                 images)
 
 # --- The policy: log-probabilities ---
-
 def model_inputs(input_ids: Tensor, attention_mask: Tensor, images: list, start: int = 0) -> dict:
     """What the model takes of the columns from `start` on; those before are in its cache."""
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding and holes take no position
-    inputs = dict(input_ids=input_ids[:, start:], attention_mask=attention_mask,
-                  position_ids=positions[:, start:])
-    pictures = [torch.from_numpy(image) for row in images for image in row]
-    if pictures:
-        pixels = torch.stack(pictures).permute(0, 3, 1, 2)  # (n, 3, H, W), 0 to 255
-        inputs["pixel_values"] = pixels.to(input_ids.device) / 127.5 - 1
-    return inputs
+    return dict(
+        input_ids=input_ids[:, start:],
+        attention_mask=attention_mask,
+        position_ids=positions[:, start:],
+        **pixel_values(images, input_ids.device))
 
 def response_outputs(model: Model, batch: Batch, hidden: bool = False) -> tuple:
-    """(logits (B, T, V) that predict the response tokens; if hidden the last states (B, T, D) there)."""
+    """(logits (B, T, V) that predict the response tokens; if hidden, the last states (B, T, D))."""
     S, T = batch.input_ids.shape[1], batch.response_mask.shape[1]
-    # Column t of the logits predicts column t + 1 of the ids: the response is predicted one column earlier.
+    # Column t of the logits predicts column t + 1 of the ids.
     columns = torch.arange(S - T - 1, S - 1, device=batch.input_ids.device)
     inputs = model_inputs(batch.input_ids, batch.attention_mask, batch.images)
-    output = model(**inputs, logits_to_keep=columns, use_cache=False, output_hidden_states=hidden)
-    states = at_least_float32(output.hidden_states[-1][:, columns]) if hidden else None
-    return output.logits, states
+    output = model(
+        **inputs, logits_to_keep=columns, use_cache=False, output_hidden_states=hidden)
+    return output.logits, at_least_float32(output.hidden_states[-1][:, columns]) if hidden else None
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -218,11 +215,10 @@ def set_theta(model: Model, theta: Tensor) -> None:
     vector_to_parameters(theta.to(model.dtype), model.parameters())
 
 # --- The policy: sampling ---
-
 class Reply(NamedTuple):
     """A response of each of B conversations, of up to n tokens."""
     ids: Tensor  # (B, n)
-    mask: Tensor  # (B, n), 1.0 on its tokens, the end included; 0 after it, and where a conversation was over
+    mask: Tensor  # (B, n), 1.0 on its tokens, the end included; 0 after it, and where all was over
     entropy: Tensor  # (B, n), at temperature 1, in nats
     truncated: Tensor  # (B,), True where no end came
 
@@ -233,9 +229,9 @@ def prefill(model: Model, input_ids: Tensor, attention_mask: Tensor, images: lis
     inputs = model_inputs(input_ids[:, :-1], attention_mask[:, :-1], images, known)
     return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
 
-def generate_reply(model: Model, input_ids: Tensor, attention_mask: Tensor, cache: Cache, done: Tensor,
-                   padding: int, max_new_tokens: int, temperature: float) -> Reply:
-    """Sample a response of each conversation that is not done (B,); temperature 0 is greedy. ids, mask (B, S)."""
+def generate_reply(model: Model, input_ids: Tensor, attention_mask: Tensor, cache: Cache,
+                   done: Tensor, max_new_tokens: int, temperature: float) -> Reply:
+    """A response of each conversation (B, S) that is not done (B,); temperature 0 is greedy."""
     B, S = input_ids.shape
     stops = input_ids.new_tensor(stop_token_ids(model))
     attention_mask = torch.cat([attention_mask, attention_mask.new_zeros(B, max_new_tokens)], 1)
@@ -244,28 +240,34 @@ def generate_reply(model: Model, input_ids: Tensor, attention_mask: Tensor, cach
     speaking = ~done
     ids, mask, entropy = [], [], []
     for column in range(S, S + max_new_tokens):
-        output = model(input_ids=token.unsqueeze(1), attention_mask=attention_mask[:, :column],
-                       position_ids=position.unsqueeze(1), past_key_values=cache, use_cache=True)
+        output = model(
+            input_ids=token.unsqueeze(1),
+            attention_mask=attention_mask[:, :column],
+            position_ids=position.unsqueeze(1),
+            past_key_values=cache, use_cache=True)
         logits = output.logits[:, -1].float()  # (B, V)
         logps = logits.log_softmax(-1)
         if temperature:
             token = torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
         else:
             token = logits.argmax(-1)
-        token = token.masked_fill(~speaking, padding)
+        token = token.masked_fill(~speaking, model.generation_config.pad_token_id)
         ids.append(token)
         mask.append(speaking)
         entropy.append(-(logps.exp() * logps).sum(-1))
         attention_mask[:, column] = speaking
         position = position + 1
-        # Over is what an end came to, never what equals padding: padding may be an end, or be sampled.
+        # Over is what an end came to, not what equals padding: that may be an end, or be sampled.
         speaking = speaking & ~torch.isin(token, stops)
         if not speaking.any():
             break
-    return Reply(torch.stack(ids, 1), torch.stack(mask, 1).float(), torch.stack(entropy, 1), speaking)
+    return Reply(
+        ids=torch.stack(ids, 1),
+        mask=torch.stack(mask, 1).float(),
+        entropy=torch.stack(entropy, 1),
+        truncated=speaking)
 
 # --- Rollouts: conversations of the policy with the task ---
-
 class Rollouts(NamedTuple):
     """G conversations with each of P episodes, those of a prompt together."""
     episodes: list  # B, played to their ends
@@ -280,7 +282,8 @@ def rollout(model: Model, tokenizer: Tokenizer, episodes: list, samples: int = 1
             max_new_tokens: int = 40, temperature: float = 1.0) -> Rollouts:
     """G = `samples` conversations with each of P episodes; temperature 0 is greedy."""
     prompts = [episode.prompt for episode in episodes]
-    input_ids, attention_mask, images = encode_observations(model, tokenizer, episodes, prompts, first=True)
+    input_ids, attention_mask, images = encode_observations(
+        model, tokenizer, episodes, prompts, first=True)
     cache = prefill(model, input_ids, attention_mask, images)  # each prompt once, not G times
     cache.batch_repeat_interleave(samples)
     input_ids = input_ids.repeat_interleave(samples, 0)
@@ -291,8 +294,8 @@ def rollout(model: Model, tokenizer: Tokenizer, episodes: list, samples: int = 1
     masks, rewards, entropies, truncated = [], [], [], []
     while True:
         cache = with_room(model, cache, input_ids.shape[1] + max_new_tokens)
-        reply = generate_reply(model, input_ids, attention_mask, cache, done, tokenizer.pad_token_id,
-                               max_new_tokens, temperature)
+        reply = generate_reply(
+            model, input_ids, attention_mask, cache, done, max_new_tokens, temperature)
         truncated.append(reply.truncated[~done])
         entropies.append((reply.entropy * reply.mask).sum())
         observations, points, done = answer_replies(model, tokenizer, played, reply, done)
@@ -308,21 +311,22 @@ def rollout(model: Model, tokenizer: Tokenizer, episodes: list, samples: int = 1
         input_ids = torch.cat([input_ids, shown], 1)
         attention_mask = torch.cat([attention_mask, real], 1)
         images = [row + more for row, more in zip(images, pictures)]
-        masks.append(torch.zeros_like(shown, dtype=torch.float))  # what the task says is not the policy's
-        rewards.append(torch.zeros_like(shown, dtype=torch.float))
+        nothing = torch.zeros_like(shown, dtype=torch.float)  # what is shown is not the policy's
+        masks.append(nothing)
+        rewards.append(nothing)
         cache = with_room(model, cache, input_ids.shape[1])
         prefill(model, input_ids, attention_mask, pictures, cache)
-
     batch = Batch(input_ids, attention_mask, torch.cat(masks, 1), images)
     success = torch.tensor([float(episode.success) for episode in played], device=model.device)
     entropy = sum(entropies).item() / batch.response_mask.sum().item()
-    return Rollouts(played, batch, success.view(-1, samples), torch.cat(rewards, 1), entropy,
-                    torch.cat(truncated).float().mean().item())
+    truncated = torch.cat(truncated).float().mean().item()
+    return Rollouts(
+        played, batch, success.view(-1, samples), torch.cat(rewards, 1), entropy, truncated)
 
 def answer_replies(model: Model, tokenizer: Tokenizer, played: list, reply: Reply,
                    done: Tensor) -> tuple:
-    """The task's part of a turn: (observations (B,), points (B, n) at the replies' last tokens, done (B,))."""
-    observations = [""] * len(played)  # a finished conversation is shown one end, which nobody reads
+    """The task's turn: (observations (B,), points (B, n) at replies' last tokens, done (B,))."""
+    observations = [""] * len(played)  # what is over is shown one end, which nobody reads
     points = torch.zeros_like(reply.mask)
     done = done.clone()
     for row in (~done).nonzero().squeeze(1).tolist():
@@ -334,18 +338,17 @@ def answer_replies(model: Model, tokenizer: Tokenizer, played: list, reply: Repl
     return observations, points, done
 
 # --- The two losses ---
-# Differs: each is divided by one number, the response tokens of its whole batch; otherwise mu would mean
-# nothing, and a micro-batch or a skipped row would change the gradient.
-
+# Differs: each is divided by one number, the response tokens of its whole batch; otherwise mu would
+# mean nothing, and a micro-batch or a skipped row would change the gradient.
 def ppo_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2,
-             n_tokens: Tensor | None = None) -> Tensor:
+             n_tokens: Any = None) -> Tensor:
     """Eq. 1 by PPO-clip, token by token. All (B, T); n_tokens: the divisor, if not mask's sum."""
     ratio = (logps - old_logps).exp()  # 1 on the first update, but not its gradient
     clipped = ratio.clamp(1 - clip, 1 + clip)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     return -(surrogate * mask).sum() / (mask.sum() if n_tokens is None else n_tokens)
 
-def sft_loss(logps: Tensor, mask: Tensor, n_tokens: Tensor | None = None) -> Tensor:
+def sft_loss(logps: Tensor, mask: Tensor, n_tokens: Any = None) -> Tensor:
     """Eq. 2: negative log-likelihood. logps, mask (B, T); n_tokens as in ppo_loss."""
     return -(logps * mask).sum() / (mask.sum() if n_tokens is None else n_tokens)
 
@@ -354,16 +357,13 @@ def implicit_reward(logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: float 
     return beta * ((logps - ref_logps) * mask).sum(-1)
 
 # --- Advantages ---
-
 class Advantages(NamedTuple):
     values: Tensor  # (B, T)
     scale: float  # what they were divided by
 
 def group_advantages(rewards: Tensor) -> tuple:
-    """((r - mean of the prompt's other samples) / scale, scale). rewards (P, G) -> (P, G), float."""
+    """((r - mean of the prompt's other samples) / scale, scale): (P, G) -> (P, G), float; G > 1."""
     G = rewards.shape[1]
-    if G < 2:
-        raise ValueError("group advantages need 2 samples of a prompt")
     centred = (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
     # One scale for all: a prompt's own would weigh prompts anew.
     scale = centred.std(correction=0).item()
@@ -371,7 +371,8 @@ def group_advantages(rewards: Tensor) -> tuple:
         return torch.zeros_like(centred), 1.0
     return centred / scale, scale
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 1.0) -> tuple:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
+        lam: float = 1.0) -> tuple:
     """Generalised advantage estimation, (B, T) each -> (advantages, returns), 0 off the mask."""
     # Below lam = 1 phi's error biases the RL gradient, and the step's own meta-gradient with it.
     advantages = torch.zeros_like(values)
@@ -386,45 +387,41 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
         advantages[:, t] = advantage * on_token
     return advantages, (advantages + values) * mask
 
-def token_rewards(rollouts: Rollouts, config: Config) -> Tensor:
-    """R_explicit at a conversation's last token, or the task's points at each response's, (B, T)."""
-    if config.reward == "graded":
-        return rollouts.rewards
-    mask = rollouts.batch.response_mask
-    is_last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask  # 1.0 on the last token
-    return rollouts.success.reshape(-1, 1) * is_last
-
 def advantages_of(model: Model, phi: Any, rollouts: Rollouts, config: Config) -> Advantages:
-    """The Advantages of a step's rollouts, as --reward and --advantage say; phi then learns their returns."""
+    """The Advantages of a step's rollouts; phi, if there is one, then learns their returns."""
     mask = rollouts.batch.response_mask
-    rewards = token_rewards(rollouts, config)
+    rewards = rollouts.rewards  # (B, T), the task's points
+    if config.reward == "binary":  # R_explicit, at the conversation's last token
+        is_last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask
+        rewards = rollouts.success.reshape(-1, 1) * is_last
     totals = rewards.sum(1).view_as(rollouts.success)  # (P, G)
     if phi is None:
         values, scale = group_advantages(totals)
         return Advantages(values.reshape(-1, 1) * mask, scale)
+    states = []
     with torch.no_grad():
-        states = torch.cat([response_outputs(model, rollouts.batch.rows(rows), hidden=True)[1]
-                            for rows in micro_batches(rollouts.batch, mask, config.micro_tokens)])  # (B, T, D)
-    values = phi(states) * mask  # (B, T)
+        for rows in micro_batches(rollouts.batch, mask, config.micro_tokens):
+            part = rollouts.batch.rows(rows)
+            states.append(response_outputs(model, part, hidden=True)[1])
+    values = phi(torch.cat(states)) * mask  # (B, T)
     advantages, returns = gae(rewards, values.detach(), mask)
     phi.learn(values, returns, mask)  # beside theta, on fixed features: theta moves by Eq. 3 alone
-    if totals.max() - totals.min() < 1e-6:  # no reward differs: divided by its spread phi's error would be a signal
+    if totals.max() - totals.min() < 1e-6:  # no signal, but phi's error divided by its own spread
         return Advantages(torch.zeros_like(advantages), 1.0)
     on_tokens = advantages[mask > 0]
     scale = on_tokens.std(correction=0).item() + 1e-8
     return Advantages((advantages - on_tokens.mean()) / scale * mask, scale)
 
 # --- The losses' gradients ---
-
 def micro_batches(batch: Batch, used: Tensor, max_tokens: int) -> tuple:
-    """Rows of `used` (B, T) that are not all 0, max_tokens at a time; the others add exactly nothing."""
+    """Rows of `used` (B, T) that are not all 0, max_tokens at a time; the others add nothing."""
     rows = (used != 0).any(1).nonzero().squeeze(1)
     at_once = max(1, max_tokens // batch.input_ids.shape[1])
     return rows.split(at_once) if len(rows) else ()
 
 def loss_gradient(model: Model, batch: Batch, used: Tensor, loss: Callable, config: Config,
                   temperature: float = 1.0) -> tuple:
-    """(gradient (N,), logps (B, T), value) of the sum over micro-batches of loss(logps (b, T), rows (b,))."""
+    """(gradient (N,), logps (B, T), value) of loss(logps (b, T), rows (b,)), summed over rows."""
     grad = torch.zeros_like(flatten(model))
     logps = torch.zeros_like(batch.response_mask)
     value = grad.new_zeros(())
@@ -433,24 +430,25 @@ def loss_gradient(model: Model, batch: Batch, used: Tensor, loss: Callable, conf
         logp = logps_of(model, batch.rows(rows), temperature)
         part = loss(logp, rows)
         grads = torch.autograd.grad(part, weights, materialize_grads=True)
-        for total, g in zip(grad.split([weight.numel() for weight in weights]), grads):
-            total += g.reshape(-1)
+        grad += torch.cat([g.reshape(-1) for g in grads])
         logps[rows] = logp.detach()
         value += part.detach()
     return grad, logps, value.item()
 
 def rl_gradient(model: Model, batch: Batch, advantages: Advantages, config: Config,
-                old_logps: Tensor | None = None) -> tuple:
-    """Of L_RL, see loss_gradient. old_logps: None on the first update, when the policy still is the one that sampled."""
+                old_logps: Any = None) -> tuple:
+    """loss_gradient of L_RL. old_logps: None on the first update, by the policy that sampled."""
     n_tokens = batch.response_mask.sum()
 
     def loss(logp, rows):
         old = logp.detach() if old_logps is None else old_logps[rows]
-        return ppo_loss(logp, old, advantages.values[rows], batch.response_mask[rows], config.clip, n_tokens)
+        return ppo_loss(logp, old, advantages.values[rows], batch.response_mask[rows],
+                        config.clip, n_tokens)
     return loss_gradient(model, batch, advantages.values, loss, config, config.temperature)
 
 def sft_gradient(model: Model, batch: Batch, config: Config, token_weights: Callable) -> tuple:
-    """Of L_SFT; its value is mean -log p, whatever the weights: token_weights(logps (b, T), rows (b,)) -> (b, T)."""
+    """loss_gradient of L_SFT, a token's -log p times token_weights(logps (b, T), rows (b,)) (b, T);
+    its value is mean -log p, without them."""
     n_tokens = batch.response_mask.sum()
 
     def loss(logp, rows):
@@ -460,7 +458,6 @@ def sft_gradient(model: Model, batch: Batch, config: Config, token_weights: Call
     return grad, logps, sft_loss(logps, batch.response_mask).item()
 
 # --- The step, and its derivative in mu ---
-
 class AdamState(NamedTuple):
     m: Tensor  # (N,), running mean of the gradient
     v: Tensor  # (N,), and of its square
@@ -469,12 +466,12 @@ class AdamState(NamedTuple):
 def adamw(theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, norm: Tensor, step: int, lr: float,
           max_norm: float = 1.0, weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999,
           eps: float = 1e-8) -> tuple:
-    """(theta', m', v') of some entries; norm: |grad| of all entries, which is clipped to max_norm."""
+    """(theta', m', v') of some entries; norm: |grad| of all, which is clipped to max_norm."""
     grad = grad * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     m = b1 * m + (1 - b1) * grad
     v = b2 * v + (1 - b2) * grad * grad
     m_hat = m / (1 - b1 ** step)
-    root = v.clamp(min=1e-37).sqrt()  # a token that never occurs has v = 0, where d sqrt(v) would be 0/0
+    root = v.clamp(min=1e-37).sqrt()  # v = 0 where no gradient ever came: d sqrt(v) would be 0/0
     root_hat = root / math.sqrt(1 - b2 ** step)
     theta = theta * (1 - lr * weight_decay) - lr * (m_hat / (root_hat + eps))
     return theta, m, v
@@ -486,10 +483,10 @@ def adamw_step(theta: Tensor, grad: Tensor, state: AdamState, **how: float) -> t
     return theta, AdamState(m, v, state.step + 1)
 
 def step_sensitivity(theta: Tensor, g_rl: Tensor, g_sft: Tensor, mu: float, state: AdamState,
-                     last: tuple | None = None, trace: float = 0.0, **how: float) -> tuple:
-    """d (theta', m', v')/d mu, each (N,), of the step that is taken: exact through clipping, moments, eps."""
-    # `last`, the step before's, enters at the share trace: mu was larger at past steps, by trace^i at the
-    # i-th last, and momentum has still to pay (Xu et al. 2018; as there, without the gradients' Hessian).
+                     last: Any = None, trace: float = 0.0, **how: float) -> tuple:
+    """d (theta', m', v')/d mu, each (N,), of the step that is taken, through clipping and AdamW."""
+    # `last`, the step before's, enters at the share trace: mu was larger at past steps, by trace^i
+    # at the i-th last, and momentum has still to pay (Xu et al. 2018; as there, no Hessian).
     if last is None:
         last = (torch.zeros_like(theta),) * 3
     grad = (1 - mu) * g_rl + mu * g_sft  # Eq. 3
@@ -505,50 +502,48 @@ def step_sensitivity(theta: Tensor, g_rl: Tensor, g_sft: Tensor, mu: float, stat
     return by_slices(derivative, theta, state.m, state.v, g_rl, g_sft, *last)
 
 # --- The meta-gradient (Eqs. 4-5) and the controller's rule (Eq. 6) ---
-
 def meta_gradient(model: Model, d_theta: Tensor, rollouts: Rollouts, config: Config,
-                  advantages: tuple | None = None) -> tuple:
+                  advantages: Any = None) -> tuple:
     """Eq. 5: (<grad U(theta'), d theta'/d mu>, its standard error), from fresh samples of theta'.
-
     d_theta: d theta'/d mu (N,); advantages: other (values (P, G), scale) than the group's."""
     P, G = rollouts.success.shape
     # grad U is the score-function gradient, its baseline a prompt's other samples.
     values, scale = group_advantages(rollouts.success) if advantages is None else advantages
     slopes = d_theta.new_zeros(P)
-    # One gradient a prompt: prompts are the error's units. Where no sample differs the slope is exactly 0.
+    # One gradient a prompt: prompts are the error's units. Where no sample differs the slope is 0.
     for p in values.any(1).nonzero().squeeze(1).tolist():
         batch = rollouts.batch.rows(slice(p * G, (p + 1) * G))
 
         def weighted(logps, rows):
             of_responses = (logps * batch.response_mask[rows]).sum(1)  # log pi(y|x), (b,)
             return (scale * values[p][rows] * of_responses).sum() / G
-        grad, _, _ = loss_gradient(model, batch, values[p].unsqueeze(1), weighted, config, config.temperature)
+        grad, _, _ = loss_gradient(model, batch, values[p].unsqueeze(1), weighted, config,
+                                   config.temperature)
         slopes[p] = grad @ d_theta
     return slopes.mean().item(), slopes.std().item() / math.sqrt(P)
 
 def own_meta_gradient(g_rl: Tensor, d_theta: Tensor, batch: Batch, scale: float) -> tuple:
-    """dU/dmu on a step's own prompts, -<grad L_RL, d theta/d mu> in units of reward; its size as error."""
-    # Differs: theta' sampled these, on prompts drawn after its step. One number has no
-    # spread; its size is not too small an error on average: E[x^2] >= Var[x].
+    """dU/dmu on a step's own prompts, -<grad L_RL, d theta/d mu> in rewards; its size as error."""
+    # Differs: theta' sampled these, on prompts drawn after its step. One number has no spread;
+    # its size is not too small an error on average: E[x^2] >= Var[x].
     n_tokens = batch.response_mask.sum()  # L_RL is per token, U per conversation
     slope = -(g_rl @ d_theta * n_tokens / len(batch.input_ids)).item() * scale
     return slope, abs(slope)
 
 def update_mu(mu: float, entropy: float, target_entropy: float, estimates: list, evidence: tuple,
               config: Config, memory: float = 0.98) -> tuple:
-    """Eq. 6: mu' = clip(mu + meta force + entropy force) -> (mu', evidence', (meta force, entropy force)).
-
-    estimates: new (dU/dmu, standard error); evidence: (their sum so far, its variance), old ones fading."""
-    # Differs from the paper's text, which has the other sign: Eq. 6 lifts mu where entropy is below H*.
+    """Eq. 6: mu' = clip(mu + meta force + entropy force) -> (mu', evidence', both forces).
+    estimates: new (dU/dmu, standard error); evidence: (their fading sum, its variance)."""
+    # Differs from the paper's text, which has the other sign: Eq. 6 lifts mu where H is below H*.
     entropy_force = config.eta_h * (target_entropy - entropy)
     meta_force = 0.0
-    seen = [(slope, error) for slope, error in estimates if error > 0]  # error 0: no group had a signal
+    seen = [(slope, error) for slope, error in estimates if error > 0]  # 0: no sample differed
     slope = sum(slope for slope, _ in seen)
     if seen and config.controller == "paper":
         meta_force = config.eta_mu * slope
     elif seen:
         # Differs: dU/dmu is tiny and mostly noise. Its sign is positive with probability Phi(z),
-        # z = total / sqrt(variance), and mu moves by its expected sign, 2 Phi(z) - 1 = erf(z / sqrt 2).
+        # z = total / sqrt(variance): mu moves by its expected sign, 2 Phi(z) - 1 = erf(z / sqrt 2).
         total = memory * evidence[0] + slope
         variance = memory ** 2 * evidence[1] + sum(error ** 2 for _, error in seen)
         meta_force = config.eta_mu * math.erf(total / math.sqrt(2 * variance))
@@ -557,10 +552,9 @@ def update_mu(mu: float, entropy: float, target_entropy: float, estimates: list,
     return min(max(mu, config.mu_min), config.mu_max), evidence, (meta_force, entropy_force)
 
 # --- Methods: what chooses mu ---
-
 @dataclasses.dataclass
 class Step:
-    """One step of Algorithm 1, as far as it has come: what a method may read, and the step's row of the log."""
+    """One step of Algorithm 1, as far as it has come: what a method may read."""
     t: int
     lr: float
     rng: random.Random
@@ -572,10 +566,10 @@ class Step:
     g_sft: Tensor = None  # (N,), gradient of L_SFT, Eq. 2
     mu: float = 1.0
     n_sampled: int = 0  # responses, the controller's included
-    metrics: dict = dataclasses.field(default_factory=dict)
+    metrics: dict = dataclasses.field(default_factory=dict)  # its row of the log
 
 class Method:
-    """What Algorithm 1 asks of a method. As it stands --method fixed: W steps of SFT, then one mu."""
+    """What Algorithm 1 asks of a method. As it stands --method fixed: W steps SFT, then one mu."""
 
     def __init__(self, config, task=None, policy=(None, None)):
         self.config, self.task, self.policy = config, task, policy  # policy: (model, tokenizer)
@@ -601,9 +595,9 @@ class Method:
         return advantages_of(self.policy[0], phi, step.rollouts, self.config)
 
     def token_weights(self, step, logps, rows):
-        """(b, T): what -log p of the tokens of step.demos' `rows` (b,) is multiplied by; logps (b, T)."""
+        """(b, T): what -log p of the tokens in `rows` (b,) of step.demos is multiplied by."""
         if self.config.imitation == "rectified":
-            return logps.exp()  # SFT is RL with a reward of 1/pi; a constant p removes it (2508.05629)
+            return logps.exp()  # SFT is RL with a reward of 1/pi, which p removes (2508.05629)
         return torch.ones_like(logps)
 
     def choose_mu(self, step):
@@ -636,7 +630,7 @@ class SFTThenRL(Method):
         return not self.explores(t)
 
 class Controller(Method):
-    """AMFT, Eqs. 4-6: learns mu from what mu does to success on validation prompts, steadied by the entropy."""
+    """AMFT, Eqs. 4-6: learns mu from what mu does to success on validation prompts."""
     split = "val"  # of U's prompts
 
     def __init__(self, config, task=None, policy=(None, None)):
@@ -647,7 +641,11 @@ class Controller(Method):
         self.sensitivity = None  # d (theta, m, v)/d mu, (N,) each; None before the first mixed step
 
     def state_dict(self):
-        return {name: vars(self)[name] for name in ("mu", "target_entropy", "evidence", "sensitivity")}
+        return dict(
+            mu=self.mu,
+            target_entropy=self.target_entropy,
+            evidence=self.evidence,
+            sensitivity=self.sensitivity)
 
     def choose_mu(self, step):
         if step.rollouts is None:
@@ -658,22 +656,27 @@ class Controller(Method):
         estimates = self.estimates(step) if self.sensitivity else []
         self.mu, self.evidence, forces = update_mu(
             self.mu, entropy, self.target_entropy, estimates, self.evidence, self.config)
-        step.metrics.update(meta_force=forces[0], entropy_force=forces[1], target_entropy=self.target_entropy)
+        step.metrics.update(
+            meta_force=forces[0],
+            entropy_force=forces[1],
+            target_entropy=self.target_entropy)
         return self.mu
 
     def estimates(self, step):
         """[(dU/dmu, its standard error)] that this step gives."""
         config, estimates = self.config, []
         d_theta = self.sensitivity[0]
-        if config.utility in ("train", "both"):  # on the step's own prompts: a dot product
+        if config.utility in ("train", "both"):  # the step's own prompts: a dot product
             own = own_meta_gradient(step.g_rl, d_theta, step.rollouts.batch, step.advantages.scale)
             step.metrics["meta_own"] = own[0]
             estimates.append(own)
         if config.utility in ("val", "both") and (step.t - config.warmup) % config.meta_every == 0:
             episodes = [self.task.sample(self.split, step.rng) for _ in range(config.prompts)]
-            val = rollout(*self.policy, episodes, config.samples, config.max_new_tokens, config.temperature)
+            val = rollout(*self.policy, episodes, config.samples, config.max_new_tokens,
+                          config.temperature)
             step.n_sampled += len(val.episodes)
-            slope, error = meta_gradient(self.policy[0], d_theta, val, config, self.val_advantages(step, val))
+            slope, error = meta_gradient(self.policy[0], d_theta, val, config,
+                                         self.val_advantages(step, val))
             step.metrics.update(meta_grad=slope, meta_se=error)
             estimates.append((slope, error))
         return estimates
@@ -688,10 +691,15 @@ class Controller(Method):
         self.sensitivity = step_sensitivity(
             theta, step.g_rl, step.g_sft, step.mu, adam, self.sensitivity, trace, lr=step.lr)
 
-METHODS = {"amft": Controller, "fixed": Method, "sft": SFT, "rl": RL, "sft-rl": SFTThenRL}
+METHODS = {
+    "amft": Controller,
+    "fixed": Method,
+    "sft": SFT,
+    "rl": RL,
+    "sft-rl": SFTThenRL,
+}
 
 # --- Algorithm 1 ---
-
 def train(config: Config, method: Method, task: Task, model: Model, tokenizer: Tokenizer,
           run: Run) -> None:
     """Algorithm 1, from where `run` stands to its end: the model then holds theta_T."""
@@ -700,32 +708,30 @@ def train(config: Config, method: Method, task: Task, model: Model, tokenizer: T
     phi = value_function(model) if config.advantage == "gae" else None
     modules = [method, phi, phi and phi.optimizer]
     theta = flatten(model)
-    theta, *adam = run.restore([theta, 0 * theta, 0 * theta, 0], modules)
-    adam = AdamState(*adam)
+    adam = AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
+    theta, adam = run.restore(theta, adam, modules)
     set_theta(model, theta)
     problems = task.training(config.demos, random.Random(f"demos {config.seed}"))
+    look = partial(evaluate, model, tokenizer, task, config)
     if run.t == 0:
-        run.evaluate(config, task, partial(evaluate, model, tokenizer))
-        run.save([theta, *adam], modules)
-
+        run.evaluate(look, task.splits)
+        run.save(theta, adam, modules)
     for t in run.steps(config.steps):
         # Each step has its own seed: a resumed run repeats the unbroken one.
         rng = random.Random(f"step {config.seed} {t}")
         torch.manual_seed(rng.getrandbits(62))
         step = Step(t, lr=config.lr * (1 - (t - 1) / config.steps), rng=rng)
-
         # Exploration: P prompts, G responses to each, their explicit reward, their advantages.
         if method.explores(t):
             step.problems = [problems[i] for i in method.choose_prompts(step)]
-            step.rollouts = rollout(model, tokenizer, step.problems, config.samples, config.max_new_tokens,
-                                    config.temperature)
+            step.rollouts = rollout(model, tokenizer, step.problems, config.samples,
+                                    config.max_new_tokens, config.temperature)
             step.n_sampled = len(step.rollouts.episodes)
             step.advantages = method.advantages(step, phi)
-
         # Imitation: a batch of demonstrations.
         if method.imitates(t):
-            step.demos = encode_demos(model, tokenizer, [problems[i] for i in method.choose_demos(step)])
-
+            chosen = [problems[i] for i in method.choose_demos(step)]
+            step.demos = encode_demos(model, tokenizer, chosen)
         old_logps = None  # (B, T), of the policy that sampled
         for update in range(config.ppo_epochs if step.rollouts else 1):
             # The gradients of the two losses. (Eqs. 1-2)
@@ -737,60 +743,57 @@ def train(config: Config, method: Method, task: Task, model: Model, tokenizer: T
             if step.demos:
                 step.g_sft, _, step.metrics["sft_loss"] = sft_gradient(
                     model, step.demos, config, partial(method.token_weights, step))
-
             # Controller: mu, from the meta-gradient and the entropy. (Eqs. 4-6)
             if update == 0:
                 step.mu = method.choose_mu(step)
             method.before_update(step, theta, adam, first=update == 0)
-
             # A step on the unified loss. (Eq. 3)
             grad = (1 - step.mu) * step.g_rl + step.mu * step.g_sft
-            step.metrics.update(grad_norm=grad.norm().item(), grad_norm_rl=step.g_rl.norm().item(),
-                                grad_norm_sft=step.g_sft.norm().item())
+            step.metrics.update(
+                grad_norm=grad.norm().item(),
+                grad_norm_rl=step.g_rl.norm().item(),
+                grad_norm_sft=step.g_sft.norm().item())
             step.g_rl = step.g_sft = None  # memory
             theta, adam = adamw_step(theta, grad, adam, lr=step.lr)
             set_theta(model, theta)
-
         run.log_step(step)
         if config.val_every and t % config.val_every == 0 and t < config.steps:
-            run.evaluate(config, task, partial(evaluate, model, tokenizer), ["val"])
+            run.evaluate(look, ["val"], whole=False)
         if run.due() or t == config.steps:
-            run.save([theta, *adam], modules)
+            run.save(theta, adam, modules)
 
 # --- Evaluation ---
-
 @torch.no_grad()
-def evaluate(model: Model, tokenizer: Tokenizer, task: Task, split: str, config: Config,
+def evaluate(model: Model, tokenizer: Tokenizer, task: Task, config: Config, split: str,
              samples: int = 4, at_once: int = 64) -> dict:
-    """A row of the log (see Task.measures), of always the same --eval-n episodes, or all there are.
-
-    The noise is always the same, too, whatever the seed or the policy: evaluations are paired."""
+    """A row of the log, see Task.measures. All runs have the same episodes and noise: paired."""
     torch.manual_seed(0)
     episodes = task.episodes(split, config.eval_n)
     sampled, greedy = [], []
     for start in range(0, len(episodes), at_once):
         part = episodes[start:start + at_once]
-        sampled += rollout(model, tokenizer, part, samples, config.max_new_tokens, config.temperature).episodes
-        greedy += rollout(model, tokenizer, part, 1, config.max_new_tokens, temperature=0).episodes
+        n = config.max_new_tokens
+        sampled += rollout(model, tokenizer, part, samples, n, config.temperature).episodes
+        greedy += rollout(model, tokenizer, part, 1, n, temperature=0).episodes
     return dict(split=split, n=len(episodes), samples=samples, **task.measures(sampled, greedy))
 
 # --- A run, from its arguments ---
-
-def main(argv: list | None = None, methods: dict = METHODS, config_class: type = Config,
+def main(argv: Any = None, methods: dict = METHODS, config_class: type = Config,
          method_flags: dict = METHOD_FLAGS) -> None:
     """A run, or an evaluation, from the command line's words."""
     arguments = parse(argv, config_class, TASKS, method_flags, __doc__)
     config = arguments.config
     with one_line_errors() as stop:
         task = make_task(config, TASKS)
-        model, tokenizer = load_policy(config, task, sys.modules[__name__], learns=arguments.folder is not None)
-        if arguments.folder is None:
-            rows = [evaluate(model, tokenizer, task, split, config) for split in task.splits]
+        learns = arguments.folder is not None
+        model, tokenizer = load_policy(config, task, sys.modules[__name__], learns)
+        if not learns:
+            rows = [evaluate(model, tokenizer, task, config, split) for split in task.splits]
             return print(table({config.model: rows}))
         run = stop.run = Run(arguments, model)
         method = methods[config.method](config, task, (model, tokenizer))
         train(config, method, task, model, tokenizer, run)
-        run.evaluate(config, task, partial(evaluate, model, tokenizer))
+        run.evaluate(partial(evaluate, model, tokenizer, task, config), task.splits)
         run.finish(model, tokenizer)
 
 if __name__ == "__main__":

@@ -68,11 +68,13 @@ class Episode:
     def step(self, response):
         """(observation, graded reward, done): grade one response of the policy and move on."""
         outcome = self.grade(response)
-        self.responses, self.seen = self.responses + (response,), self.seen + (self.recognised(response),)
+        self.responses += (response,)
+        self.seen += (self.recognised(response),)
         self.history += (outcome,)
         reward, wrong = self.outcomes[outcome]
         if outcome == "correct":
-            self.point, self.tries = self.point + 1, 0
+            self.point += 1
+            self.tries = 0
             return ("" if self.success else self.observe()), reward, self.success
         self.tries += 1
         return self.retry(FEEDBACK.format(wrong)), reward, self.tries >= self.attempts
@@ -167,7 +169,9 @@ def interval(pairs, z=1.96):
     Wilson's interval at the effective sample size: all orders of one multiset of numbers tend to be solved or missed
     together, so a thousand deals are worth far fewer independent ones; without this it is too narrow.
     """
-    n, p, residuals = len(pairs), sum(hit for hit, _ in pairs) / len(pairs), Counter()
+    n = len(pairs)
+    p = sum(hit for hit, _ in pairs) / n
+    residuals = Counter()
     for hit, unit in pairs:
         residuals[unit] += hit - p
     variance = sum(r * r for r in residuals.values()) / n ** 2  # of p, with clusters as the independent draws
@@ -259,7 +263,11 @@ def formulas(numbers):
 
 
 def apply(op, a, b):
-    return a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b
+    if op == "+":
+        return a + b
+    if op == "-":
+        return a - b
+    return a * b if op == "*" else a / b
 
 
 @lru_cache(maxsize=None)
@@ -758,8 +766,10 @@ REQUEST = "Work it out step by step and put the answer in \\boxed{}.\n"
 
 
 def meaning_text(meaning, a, b):
-    times = lambda n, x: f"{n} * {x}" if n > 1 else str(x)  # noqa: E731
-    return f"{times(meaning[0], a)} {meaning[1]} {times(meaning[2], b)}"
+    p, sign, q = meaning
+    left = f"{p} * {a}" if p > 1 else str(a)
+    right = f"{q} * {b}" if q > 1 else str(b)
+    return f"{left} {sign} {right}"
 
 
 def within_bounds(value):
@@ -807,8 +817,11 @@ def last_box(text):
 
 def answer_in(text):
     """The last box; without one, what stands behind #### at the end of the last line, as in GSM8K."""
-    box, tail = last_box(text), text.rstrip()[-100:].rpartition("\n")[2]
-    return tail.rpartition("####")[2].strip() if box is None and "####" in tail and len(text) <= 20 * MAX_RESPONSE else box
+    box = last_box(text)
+    if box is not None or len(text) > 20 * MAX_RESPONSE:
+        return box
+    tail = text.rstrip()[-100:].rpartition("\n")[2]
+    return tail.rpartition("####")[2].strip() if "####" in tail else None
 
 
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,20})"  # 1,000 and 1000, not 1,00
@@ -837,10 +850,16 @@ def chain(rng, steps, meaning=None, symbol=None):
         lines.append(f"{names[0]} = {values[0]}")
         special = set(rng.sample(range(steps), rng.randint(1, steps))) if meaning else ()
         for i in range(steps):
+            a = values[i]
             earlier = [j for j in range(i) if values[j].denominator == 1]
-            j = rng.choice(earlier) if earlier and rng.random() < 0.3 else None
-            a, b = values[i], values[j] if j is not None else Fraction(rng.randint(1, 12))
-            told = names[j] if j is not None else str(b)
+            if earlier and rng.random() < 0.3:  # the second operand is an earlier thing
+                j = rng.choice(earlier)
+                b = values[j]
+                told = names[j]
+                place = f"v{j}"
+            else:
+                b = Fraction(rng.randint(1, 12))
+                told = place = str(b)
             op = symbol if i in special else rng.choice("+-*/")
             if op == symbol and a.denominator == 1:
                 p, q = meaning[0] * a, meaning[2] * b
@@ -854,14 +873,15 @@ def chain(rng, steps, meaning=None, symbol=None):
                 break
             lines.append(f"{names[i + 1]} = {names[i]} {op} {told}")
             work.append(f"{names[i + 1]} = {a} {op} {b} = {middle}{value}. ")
-            shape.append(f"{op}{b if j is None else f'v{j}'}")
+            shape.append(f"{op}{place}")
             values.append(value)
         if len(values) == steps + 1:
             break
     rule = f"a {symbol} b means {meaning_text(meaning, 'a', 'b')}. " if meaning else ""
     unit = f"{rule}{values[0]} {' '.join(shape)}"  # the problem whatever its things are called
     prompt = f"{rule}{'. '.join(lines)}. How many {names[-1]}? {REQUEST}"
-    return Problem(prompt, f"{''.join(work)}Answer: \\boxed{{{values[-1]}}}", str(values[-1]), unit)
+    solution = f"{''.join(work)}Answer: \\boxed{{{values[-1]}}}"
+    return Problem(prompt, solution, str(values[-1]), unit)
 
 
 class Mathematics(Task):

@@ -23,6 +23,24 @@ def flag(default: Any, help: str, low: float | None = None, high: float = math.i
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
+@dataclasses.dataclass
+class RunConfig:
+    """The flags of a run, whatever the algorithm."""
+    task: str = flag("gp", "gp, gp-turns, gp-vl, virl, virl-vl or math")
+    method: str = flag("amft", "what chooses mu")
+    steps: int = flag(100, "in all, the warm-up's included", 1)
+    seed: int = flag(0, "same seed, same CPU: same log", 0, 2 ** 62)
+    model: str = flag("base", "checkpoint folder or hub name; base: the one here")
+    data: str = flag("", "math: your problems, .jsonl: prompt, solution, answer")
+    data_test: str = flag("", "math: more of them, only evaluated")
+    eval_n: int = flag(400, "episodes of a split, at most", 1)
+    val_every: int = flag(0, "steps between evaluations on val; 0: none", 0)
+    device: str = flag("auto", "auto: the first here of cuda, mps, cpu")
+    micro_tokens: int = flag(4096, "tokens in a pass, a sequence at least: memory only", 1)
+    gradient_checkpointing: int = flag(0, "less memory, more time", 0, 1)
+    bf16: int = flag(0, "the policy in bfloat16; theta and its sums in float32", 0, 1)
+
+
 class MethodFlags(NamedTuple):
     """The flags that a method does not read, and those that it sets differently."""
     unused: list[str] = []
@@ -71,7 +89,8 @@ def parse(argv: list[str] | None, config_class: type, tasks: dict[str, Any],
     of_method = methods.get(named.method, MethodFlags())
     of_task = tasks[named.task].defaults if named.task in tasks else {}
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-    parser = make_parser(config_class, list(methods), {**defaults, **of_task, **of_method.defaults}, description)
+    choices = dict(task=list(tasks), method=list(methods))
+    parser = make_parser(config_class, choices, {**defaults, **of_task, **of_method.defaults}, description)
     given = vars(parser.parse_args(argv))
     try:
         if "resume" in given:
@@ -90,9 +109,9 @@ def parse(argv: list[str] | None, config_class: type, tasks: dict[str, Any],
         parser.error(str(error))
 
 
-def make_parser(config_class: type, methods: list[str], defaults: dict[str, Any],
+def make_parser(config_class: type, named: dict[str, list], defaults: dict[str, Any],
                 description: str | None) -> argparse.ArgumentParser:
-    """A flag for each field; `defaults`, of the task and the method that are named, are what --help shows."""
+    """A flag for each field. named: the choices of some; defaults: of the task and the method, for --help."""
     parser = argparse.ArgumentParser(
         prog=program(), description=description, usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
@@ -102,7 +121,7 @@ def make_parser(config_class: type, methods: list[str], defaults: dict[str, Any]
         limits = field.metadata
         switch = dict(nargs="?", const=1) if kind is int and limits.get("high") == 1 else {}  # alone, or with 0 or 1
         parser.add_argument(
-            option(field.name), type=kind, **switch, choices=methods if field.name == "method" else limits.get("choices"),
+            option(field.name), type=kind, **switch, choices=named.get(field.name, limits.get("choices")),
             help=f"{limits.get('help', '')} (default: {defaults[field.name]})".replace("%", "%%"))
     parser.add_argument("--out", type=Path, help="folder of the run, new or empty (default: runs/TASK)")
     parser.add_argument("--resume", type=Path, help="go on with the run in this folder; a finished one has an end")

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,29 +54,30 @@ class Run:
 
     # --- What is saved
 
-    def save(self, tensors: list, modules: list) -> None:
-        """Keep all that the next step needs: tensors, and the state_dict of modules (None: there is none)."""
+    def save(self, theta: Any, adam: Any, modules: list) -> None:
+        """Keep all that the next step needs: theta, Adam's state, and the state_dict of modules (None: there is none)."""
         self.seconds += time.time() - self.clock
         self.clock = time.time()
         own = dict(t=self.t, rollouts=self.rollouts, seconds=self.seconds, log=self.log.stat().st_size)
         buffer = io.BytesIO()  # so that a full disk is an OSError
-        torch.save(dict(own=own, tensors=tensors, modules=[m and m.state_dict() for m in modules]), buffer)
+        states = [module and module.state_dict() for module in modules]
+        torch.save(dict(own=own, theta=theta, adam=tuple(adam), modules=states), buffer)
         # Atomic: a run killed in here still has its last state.
         (self.folder / "state.tmp").write_bytes(buffer.getbuffer())
         os.replace(self.folder / "state.tmp", self.state)
         self.saved = self.t
 
-    def restore(self, tensors: list, modules: list) -> list:
-        """The tensors that were saved last, or those given where none were; modules and log become as they were then."""
+    def restore(self, theta: Any, adam: Any, modules: list) -> tuple:
+        """(theta, Adam's state) as saved last, or as given where nothing was; so become the modules and the log."""
         if not self.state.exists():
             if self.rows("step"):
                 raise ValueError(f"{self.state}: is gone, and without it the run cannot go on")
             os.truncate(self.log, len(self.log.open("rb").readline()))
-            return tensors
+            return theta, adam
         try:
-            saved = torch.load(self.state, map_location=tensors[0].device, weights_only=True)
+            saved = torch.load(self.state, map_location=theta.device, weights_only=True)
             own = saved["own"]
-            if saved["tensors"][0].shape != tensors[0].shape or own["log"] > self.log.stat().st_size:
+            if saved["theta"].shape != theta.shape or own["log"] > self.log.stat().st_size:
                 raise ValueError("it belongs to another model or log")
             for module, state in zip(modules, saved["modules"]):
                 if module:
@@ -87,7 +87,7 @@ class Run:
         except Exception as error:  # garbage, empty, cut off: each has its own
             raise ValueError(f"{self.state}: is not the state of this run ({str(error).strip()[:80] or 'it is empty'})")
         self.saved = self.t
-        return saved["tensors"]
+        return saved["theta"], type(adam)(*saved["adam"])
 
     # --- Steps
 
@@ -131,10 +131,10 @@ class Run:
         """Is it time to save?"""
         return self.stopping or time.time() - self.clock > SAVE_SECONDS
 
-    def evaluate(self, config: Any, task: Any, evaluate: Any, splits: list[str] | None = None) -> None:
-        """A row of the log for each split, or for those named."""
-        for split in tqdm(splits or list(task.splits), desc="evaluation", leave=False):
-            self.write("eval", step=self.t, whole=splits is None, **evaluate(task, split, config))
+    def evaluate(self, evaluate: Any, splits: Any, whole: bool = True) -> None:
+        """A row of the log for each split."""
+        for split in tqdm(splits, desc="evaluation", leave=False):
+            self.write("eval", step=self.t, whole=whole, **evaluate(split))
 
     def finish(self, model: Any, tokenizer: Any) -> None:
         """Leave the policy, the figure and the table, and last the row that says so."""
