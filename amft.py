@@ -3,7 +3,7 @@
 A policy pi_theta learns from demonstrations (SFT) and from its own graded samples (RL) on one loss,
 and a controller learns their balance mu from what mu does to success on held-out prompts:
 
-    (1)  J_RL(theta)  = E_{y ~ pi_theta}[R_explicit(y)]     R = 1 if y is correct, else 0; PPO-clip
+    (1)  J_RL(theta)  = E_{y ~ pi_theta}[R_explicit(y)]     R = 1 if y is correct, else 0; by PPO
     (2)  L_SFT(theta) = -E_{(x, y*)}[log pi_theta(y* | x)]  the implicit reward of the expert's path
     (3)  L(theta; mu) = (1 - mu) L_RL(theta) + mu L_SFT(theta)
     (4)  U(theta')    = E_{x ~ val, y ~ pi_theta'}[R_explicit(y)], theta' = theta after a step on L
@@ -44,7 +44,7 @@ from tasks import IMAGE, TASKS, Task
 # --- Configuration: the flags ---
 @dataclasses.dataclass
 class Config(RunConfig):
-    """The algorithm's flags. RunConfig has the run's: steps, task, model, seed, device."""
+    """The algorithm's, flag(default, help, low, high); RunConfig has steps, task, model, eval_n ..."""
     # The mixture
     method: str = flag("amft", "what chooses mu")
     mu: float = flag(0.5, "mu of fixed, and where amft starts", 0, 1)
@@ -63,7 +63,7 @@ class Config(RunConfig):
     # Exploration
     prompts: int = flag(32, "P: prompts in a step", 2)
     samples: int = flag(8, "G: samples of a prompt", 2)
-    temperature: float = flag(1.0, "of sampling and log-probabilities", 0.01)
+    temperature: float = flag(1.0, "of samples and of L_RL's log-probabilities", 0.01)
     max_new_tokens: int = flag(40, "longest response", 1)
     reward: str = flag("binary", "1/0 (Eq. 1), or the task's own points",
                        choices=("binary", "graded"))
@@ -111,10 +111,7 @@ class Batch(NamedTuple):
         chosen = torch.arange(len(self.input_ids), device=self.input_ids.device)[rows].tolist()
         images = [self.images[i] for i in chosen]
         return Batch(
-            self.input_ids[rows],
-            self.attention_mask[rows],
-            self.response_mask[rows],
-            images)
+            self.input_ids[rows], self.attention_mask[rows], self.response_mask[rows], images)
 
     @property
     def responses(self):  # (B, T)
@@ -188,9 +185,9 @@ def response_outputs(model: Model, batch: Batch, hidden: bool = False) -> tuple:
     # Column t of the logits predicts column t + 1 of the ids.
     columns = torch.arange(S - T - 1, S - 1, device=batch.input_ids.device)
     inputs = model_inputs(batch.input_ids, batch.attention_mask, batch.images)
-    output = model(
-        **inputs, logits_to_keep=columns, use_cache=False, output_hidden_states=hidden)
-    return output.logits, at_least_float32(output.hidden_states[-1][:, columns]) if hidden else None
+    output = model(**inputs, logits_to_keep=columns, use_cache=False, output_hidden_states=hidden)
+    states = at_least_float32(output.hidden_states[-1][:, columns]) if hidden else None
+    return output.logits, states
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -204,7 +201,7 @@ def logps_of(model: Model, batch: Batch, temperature: float = 1.0) -> Tensor:
     logits, _ = response_outputs(model, batch)
     if temperature != 1:
         logits = at_least_float32(logits) / temperature
-    return by_rows(token_logps, logits, batch.responses)
+    return by_rows(token_logps, logits, batch.responses)  # in parts, if they are large
 
 def flatten(model: Model) -> Tensor:
     """theta (N,), in float32 at least."""
@@ -288,7 +285,7 @@ def rollout(model: Model, tokenizer: Tokenizer, episodes: list, samples: int = 1
     cache.batch_repeat_interleave(samples)
     input_ids = input_ids.repeat_interleave(samples, 0)
     attention_mask = attention_mask.repeat_interleave(samples, 0)
-    images = [row for row in images for _ in range(samples)]
+    images = [pictures for pictures in images for _ in range(samples)]
     played = [copy.copy(episode) for episode in episodes for _ in range(samples)]
     done = input_ids.new_zeros(len(played), dtype=torch.bool)
     masks, rewards, entropies, truncated = [], [], [], []
@@ -315,7 +312,7 @@ def rollout(model: Model, tokenizer: Tokenizer, episodes: list, samples: int = 1
         masks.append(nothing)
         rewards.append(nothing)
         cache = with_room(model, cache, input_ids.shape[1])
-        prefill(model, input_ids, attention_mask, pictures, cache)
+        cache = prefill(model, input_ids, attention_mask, pictures, cache)
     batch = Batch(input_ids, attention_mask, torch.cat(masks, 1), images)
     success = torch.tensor([float(episode.success) for episode in played], device=model.device)
     entropy = sum(entropies).item() / batch.response_mask.sum().item()
@@ -332,9 +329,10 @@ def answer_replies(model: Model, tokenizer: Tokenizer, played: list, reply: Repl
     for row in (~done).nonzero().squeeze(1).tolist():
         response = reply.ids[row, reply.mask[row].bool()].tolist()
         text = tokenizer.decode([i for i in response if i not in stop_token_ids(model)])
-        observation, points[row, len(response) - 1], done[row] = played[row].step(text)
-        if not done[row]:
-            observations[row] = observation
+        observation, point, over = played[row].step(text)
+        points[row, len(response) - 1] = point
+        done[row] = over
+        observations[row] = "" if over else observation
     return observations, points, done
 
 # --- The two losses ---
@@ -414,7 +412,7 @@ def advantages_of(model: Model, phi: Any, rollouts: Rollouts, config: Config) ->
 
 # --- The losses' gradients ---
 def micro_batches(batch: Batch, used: Tensor, max_tokens: int) -> tuple:
-    """Rows of `used` (B, T) that are not all 0, max_tokens at a time; the others add nothing."""
+    """Rows of `used` (B, .) that are not all 0, max_tokens at a time; the others add nothing."""
     rows = (used != 0).any(1).nonzero().squeeze(1)
     at_once = max(1, max_tokens // batch.input_ids.shape[1])
     return rows.split(at_once) if len(rows) else ()
@@ -497,8 +495,9 @@ def step_sensitivity(theta: Tensor, g_rl: Tensor, g_sft: Tensor, mu: float, stat
 
     def derivative(theta, m, v, g_rl, g_sft, d_theta, d_m, d_v):
         grad = (1 - mu) * g_rl + mu * g_sft
-        tangents = trace * d_theta, g_sft - g_rl, trace * d_m, trace * d_v, d_norm
-        return torch.func.jvp(step, (theta, grad, m, v, norm), tangents)[1]
+        primals = theta, grad, m, v, norm
+        tangents = trace * d_theta, g_sft - g_rl, trace * d_m, trace * d_v, d_norm  # d primals/d mu
+        return torch.func.jvp(step, primals, tangents)[1]
     return by_slices(derivative, theta, state.m, state.v, g_rl, g_sft, *last)
 
 # --- The meta-gradient (Eqs. 4-5) and the controller's rule (Eq. 6) ---
@@ -664,12 +663,14 @@ class Controller(Method):
 
     def estimates(self, step):
         """[(dU/dmu, its standard error)] that this step gives."""
-        config, estimates = self.config, []
+        config = self.config
+        estimates = []
         d_theta = self.sensitivity[0]
         if config.utility in ("train", "both"):  # the step's own prompts: a dot product
-            own = own_meta_gradient(step.g_rl, d_theta, step.rollouts.batch, step.advantages.scale)
-            step.metrics["meta_own"] = own[0]
-            estimates.append(own)
+            batch, scale = step.rollouts.batch, step.advantages.scale
+            slope, error = own_meta_gradient(step.g_rl, d_theta, batch, scale)
+            step.metrics["meta_own"] = slope
+            estimates.append((slope, error))
         if config.utility in ("val", "both") and (step.t - config.warmup) % config.meta_every == 0:
             episodes = [self.task.sample(self.split, step.rng) for _ in range(config.prompts)]
             val = rollout(*self.policy, episodes, config.samples, config.max_new_tokens,
@@ -682,7 +683,7 @@ class Controller(Method):
         return estimates
 
     def val_advantages(self, step, val):
-        """(values (P, G), scale) of U's samples; None: the group's."""
+        """(values (P, G), scale) of U's samples (Eq. 4); None: the group's."""
 
     def before_update(self, step, theta, adam, first):
         if step.rollouts is None or self.config.eta_mu == 0:
@@ -706,17 +707,17 @@ def train(config: Config, method: Method, task: Task, model: Model, tokenizer: T
     # Initialise theta, phi, and (in the method) mu; or go on from where the run was saved.
     torch.manual_seed(config.seed)
     phi = value_function(model) if config.advantage == "gae" else None
-    modules = [method, phi, phi and phi.optimizer]
+    modules = [method, phi, phi.optimizer if phi else None]
     theta = flatten(model)
     adam = AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
     theta, adam = run.restore(theta, adam, modules)
     set_theta(model, theta)
     problems = task.training(config.demos, random.Random(f"demos {config.seed}"))
     look = partial(evaluate, model, tokenizer, task, config)
-    if run.t == 0:
+    if run.saved is None:
         run.evaluate(look, task.splits)
         run.save(theta, adam, modules)
-    for t in run.steps(config.steps):
+    for t in run.steps(config.steps):  # Ctrl-C waits for a step's end
         # Each step has its own seed: a resumed run repeats the unbroken one.
         rng = random.Random(f"step {config.seed} {t}")
         torch.manual_seed(rng.getrandbits(62))
@@ -766,7 +767,7 @@ def train(config: Config, method: Method, task: Task, model: Model, tokenizer: T
 @torch.no_grad()
 def evaluate(model: Model, tokenizer: Tokenizer, task: Task, config: Config, split: str,
              samples: int = 4, at_once: int = 64) -> dict:
-    """A row of the log, see Task.measures. All runs have the same episodes and noise: paired."""
+    """A row of the log, see Task.measures. All runs have the same episodes, and one seed's noise."""
     torch.manual_seed(0)
     episodes = task.episodes(split, config.eval_n)
     sampled, greedy = [], []

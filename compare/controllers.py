@@ -1,7 +1,8 @@
-"""Variants of AMFT's controller: tried beside it, each through the same loop: python compare/rivals.py --method amft-pass.
+"""Variants of AMFT's controller, tried beside it: python compare/rivals.py --method amft-pass.
 
-Shapes: P prompts, G samples of each.
+Each runs through the same loop. Shapes: P prompts, G samples of each.
 """
+
 import math
 import sys
 from pathlib import Path
@@ -10,74 +11,120 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
+from harness.arguments import MethodFlags  # noqa: E402
+
+
+def holds_a_right_one(n, c, k):
+    """The share of the subsets of k of n samples, c of them right, that hold a right one."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
 
 def pass_advantages(success, k):
-    """Advantages of pass@k, P(one of k samples is right), for k <= G - 1 (PKPO, arXiv 2505.15201): (P, G) -> (P, G).
+    """Advantages of pass@k, P(one of k samples is right), for k <= G - 1: (P, G) -> (P, G).
 
-    With c of n samples right, sample i is in subsets of k of which a share 1, or rho(n - 1, c, k - 1) if i is wrong, is
-    solved; the baseline is the share among the others' subsets, rho(n - 1, c - r_i, k). k = 1: r_i less the others' mean."""
-    n, table = success.shape[1], {}
-    def rho(n, c, k):  # that k of n, c of which are right, hold a right one
-        return 1 - math.comb(n - c, k) / math.comb(n, k)
-    for c in range(n + 1):
-        for r in range(2):
-            if r <= c < n + r:
-                table[c, r] = k * ((1.0 if r else rho(n - 1, c, k - 1)) - rho(n - 1, c - r, k))
-    return success.new_tensor([[table[sum(row), r] for r in row] for row in success.int().tolist()])
+    PKPO, arXiv 2505.15201. Of the subsets of k that hold sample i, which share is solved? Less the
+    same share among the others' subsets, the baseline, times k. k = 1: r_i less the others' mean."""
+    n = success.shape[1]
 
-class Recent(amft.AMFT):
-    """Evidence of the last ten looks or so, 50 steps, in place of 50 looks, 250 steps: it fades by 0.9, not by 0.98."""
-    def estimates(self, s):
-        shown, more = super().estimates(s), 0.9 / 0.98
-        if any(error > 0 for _, error in shown):  # else update_mu leaves it as it is
-            self.evidence = more * self.evidence[0], more ** 2 * self.evidence[1]
-        return shown
+    def advantage(c, right):  # of a sample where c of n are right
+        with_it = 1.0 if right else holds_a_right_one(n - 1, c, k - 1)
+        without_it = holds_a_right_one(n - 1, c - right, k)
+        return k * (with_it - without_it)
+    rows = success.int().tolist()
+    return success.new_tensor([[advantage(sum(row), right) for right in row] for row in rows])
 
-class Rule(amft.AMFT):
+
+class Recent(amft.Controller):
+    """Evidence of the last ten looks or so, 50 steps, not of 50 looks: it fades by 0.9, not by 0.98."""
+
+    def estimates(self, step):
+        estimates = super().estimates(step)
+        if any(error > 0 for _, error in estimates):  # else update_mu leaves the evidence as it is
+            total, variance = self.evidence
+            more = 0.9 / 0.98  # update_mu does the rest
+            self.evidence = (more * total, more ** 2 * variance)
+        return estimates
+
+
+class Rule(amft.Controller):
     """U is success under the other rule, on the controller's deals."""
-    on = "val_rule"
+    split = "val_rule"
 
-class PassVal(amft.AMFT):
+
+class PassVal(amft.Controller):
     """U is pass@k on validation prompts; k falls from G - 1 to 1 at the run's end.
 
-    Coverage is what imitation brings first; it becomes success only when exploration has time left to sharpen it."""
-    def k(self, s):
-        return max(1, math.ceil((self.config.samples - 1) * (1 - s.t / self.config.steps)))
-    def given(self, s, seen):
-        s.row["k"] = self.k(s)
-        return pass_advantages(seen.success, s.row["k"]), 1.0
+    Coverage is what imitation brings first; it becomes success only when exploration has time left
+    to sharpen it."""
+
+    def k(self, t):
+        left = 1 - t / self.config.steps
+        return max(1, math.ceil((self.config.samples - 1) * left))
+
+    def val_advantages(self, step, val):
+        k = self.k(step.t)
+        step.metrics["k"] = k
+        return pass_advantages(val.success, k), 1.0
+
 
 class Pass(PassVal):
-    """The same on the step's own prompts, which needs no more samples."""
-    defaults = dict(utility="train")
-    def estimates(self, s):
-        if not self.tangents:
-            return []
-        shown = amft.meta_gradient(s.model, self.tangents[0], s.rollouts, self.config, self.given(s, s.rollouts))
-        s.row.update(zip(("meta_grad", "meta_se"), shown))
-        return [shown]
+    """U is pass@k, k falling likewise, on the step's own prompts, which needs no more samples."""
+
+    def estimates(self, step):
+        advantages = self.val_advantages(step, step.rollouts)
+        slope, error = amft.meta_gradient(
+            self.policy[0], self.sensitivity[0], step.rollouts, self.config, advantages)
+        step.metrics.update(meta_grad=slope, meta_se=error)
+        return [(slope, error)]
+
 
 class PassThroughout(Pass):
-    """The same with k = 4 from first to last."""
-    def k(self, s):
+    """U is pass@4 on the step's own prompts, from first to last."""
+
+    def k(self, t):
         return min(4, self.config.samples - 1)
 
-class AutoWarmup(amft.AMFT):
-    """Warm-up by imitation until the loss on demonstrations of unseen deals has stopped falling (no new low in
-    `patience` looks, one every 10 steps); H* is set there."""
-    low, waited, over, patience = math.inf, 0, False, 3
+
+class AutoWarmup(amft.Controller):
+    """Warm-up by imitation until the loss on demonstrations of unseen deals stops falling.
+
+    That is, until no new low in `patience` looks, one every 10 steps; H* is set there."""
+    patience = 3
+    low = math.inf  # the lowest loss seen
+    waited = 0  # looks since
+    over = False  # the warm-up is
+
+    def state_dict(self):
+        own = dict(low=self.low, waited=self.waited, over=self.over)
+        return {**super().state_dict(), **own}
+
     def explores(self, t):
         return self.over or t > self.config.steps // 2
-    def moved(self, s):
-        super().moved(s)
-        if not self.over and s.t % 10 == 0:
-            deals = [s.task.sample("val", s.rng) for _ in range(256)]
-            batch = amft.encode_demos(s.model, s.tokenizer, deals)
-            with torch.no_grad():
-                loss = amft.sft_loss(amft.logps_of(s.model, batch), batch.mask).item()
-            s.row["val_loss"] = loss
-            self.low, self.waited = min(loss, self.low), 0 if loss < self.low else self.waited + 1
+
+    def before_update(self, step, theta, adam, first):
+        super().before_update(step, theta, adam, first)
+        if first and not self.over and step.t % 10 == 0:
+            loss = self.unseen_loss(step.rng)
+            step.metrics["val_loss"] = loss
+            self.waited = 0 if loss < self.low else self.waited + 1
+            self.low = min(loss, self.low)
             self.over = self.waited >= self.patience
 
-CONTROLLERS = {"amft-recent": Recent, "amft-rule": Rule, "amft-pass": Pass, "amft-pass4": PassThroughout,
-               "amft-pass-val": PassVal, "amft-auto": AutoWarmup}
+    @torch.no_grad()
+    def unseen_loss(self, rng):
+        model, tokenizer = self.policy
+        deals = [self.task.sample("val", rng) for _ in range(256)]
+        batch = amft.encode_demos(model, tokenizer, deals)
+        return amft.sft_loss(amft.logps_of(model, batch), batch.response_mask).item()
+
+
+CONTROLLERS = {
+    "amft-recent": Recent,
+    "amft-rule": Rule,
+    "amft-pass": Pass,
+    "amft-pass4": PassThroughout,
+    "amft-pass-val": PassVal,
+    "amft-auto": AutoWarmup,
+}
+METHOD_FLAGS = {name: MethodFlags() for name in CONTROLLERS}
+METHOD_FLAGS["amft-pass"] = METHOD_FLAGS["amft-pass4"] = MethodFlags(defaults=dict(utility="train"))

@@ -1,4 +1,4 @@
-"""Figures (needs matplotlib): of recorded studies, from compare/recorded/STUDY.jsonl alone, or the curves of one run.
+"""Figures (needs matplotlib): of recorded studies, from compare/recorded/STUDY.jsonl alone, or of one run.
 
     python compare/plot.py gp             # compare/recorded/gp-{pareto,curves,mu}.png
     python compare/plot.py tasks virl     # of its group virl: tasks-virl-{curves,mu}.png
@@ -11,111 +11,167 @@ import sys
 from itertools import accumulate, cycle
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import tasks  # noqa: E402
 from compare.logs import RECORDED, read, study_of  # noqa: E402
 from compare.tables import searched  # noqa: E402
+from harness import screen  # noqa: E402
 
+try:
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+except ImportError:  # main says so
+    Figure = None
+
+NO_MATPLOTLIB = "draws with matplotlib, which is not here: pip install matplotlib"
 ADAPTIVE = ("amft", "gac", "sasr", "superrl", "hpt")
+MARKERS = "osD^vPX<>phd8H*"
 
 
-def styles(study, names):
-    return (dict(zip(names, cycle(plt.get_cmap("tab20").colors))) | {"amft": "black"},
-            dict(zip(names, cycle("osD^vPX<>phd8H*"))))
+def styles(names):
+    """({name: colour}, {name: marker})."""
+    colours = dict(zip(names, cycle(colormaps["tab20"].colors)))
+    colours["amft"] = "black"
+    return colours, dict(zip(names, cycle(MARKERS)))
 
 
-def methods(study):
+def drawn_names(study):
     """What is drawn: the runs that were searched and those that the spec names, or all."""
-    return searched(study) + [name for name in study.spec.get("drawn", ()) if name in study.names] or study.names
+    named = [name for name in study.spec.get("drawn", ()) if name in study.names]
+    return searched(study) + named or study.names
 
 
 def base(study, split):
-    return statistics.mean(100 * study.base[part]["success"] for part in study.pooled.get(split, [split]))
+    parts = study.pooled.get(split, [split])
+    return statistics.mean(100 * study.base[part]["success"] for part in parts)
+
+
+def front(points):
+    """Of points (x, y) those that no other is above in both, by x."""
+    return sorted(p for p in points
+                  if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points))
+
+
+# --- In against out of distribution ---------------------------------------------------------------
+
+
+def scatter(axis, study, across):
+    """Success on `id` against a split: each run's, each method's mean, the base, the Pareto front."""
+    names = drawn_names(study)
+    colours, markers = styles(names)
+    means = {}
+    for name in names:
+        points = list(zip(study.ends(name, "id"), study.ends(name, across)))
+        means[name] = tuple(map(statistics.mean, zip(*points)))
+        style = dict(color=colours[name], marker=markers[name])
+        axis.scatter(*zip(*points), s=18, alpha=0.45, **style)
+        axis.scatter(*means[name], s=90, edgecolor="black", label=name, **style)
+    axis.scatter(base(study, "id"), base(study, across), s=150, color="black", marker="+",
+                 label="base")
+    axis.plot(*zip(*front(means.values())), color="grey", linestyle="--", linewidth=1,
+              label="Pareto front of the means", zorder=0)
+    parts = " and ".join(study.pooled.get(across, ["another rule"]))
+    axis.set(xlabel="id: training multisets, success, %", ylabel=f"{across}: {parts}, %")
 
 
 def pareto(study):
-    """In against out of distribution."""
-    names = methods(study)
-    colours, markers = styles(study, names)
-    figure, axes = plt.subplots(1, 2, figsize=(15, 6.5), layout="constrained")
-    for axis, across in zip(axes, ("ood" if "ood" in study.pooled else "ood_rule", "unseen")):
-        means = {}
-        for name in names:
-            points = list(zip(study.ends(name, "id"), study.ends(name, across)))
-            means[name] = tuple(map(statistics.mean, zip(*points)))
-            axis.scatter(*zip(*points), s=18, alpha=0.45, color=colours[name], marker=markers[name])
-            axis.scatter(*means[name], s=90, color=colours[name], marker=markers[name], edgecolor="black",
-                         label=name)
-        axis.scatter(base(study, "id"), base(study, across), s=150, color="black", marker="+", label="base")
-        front = sorted(p for p in means.values()
-                       if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in means.values()))
-        axis.plot(*zip(*front), color="grey", linestyle="--", linewidth=1, label="Pareto front of the means", zorder=0)
-        axis.set(xlabel="id: training multisets, success, %",
-                 ylabel=f"{across}: {' and '.join(study.pooled.get(across, ['another rule']))}, %")
-    axes[0].set_title("In against out of distribution: a small mark a seed, a large one the mean")
-    axes[1].set_title("Training multisets against others of the same rule")
-    axes[1].legend(fontsize=8, ncols=2)
+    figure = Figure((15, 6.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    scatter(left, study, "ood" if "ood" in study.pooled else "ood_rule")
+    scatter(right, study, "unseen")
+    left.set_title("In against out of distribution: a small mark a seed, a large one the mean")
+    right.set_title("Training multisets against others of the same rule")
+    right.legend(fontsize=8, ncols=2)
     return figure
+
+
+# --- Curves ---------------------------------------------------------------------------------------
+
+
+def windows(rows, key, width):
+    """(middles, means) of a key over `width` steps at a time."""
+    values = {}
+    for row in rows:
+        if row[key] is not None:
+            values.setdefault((row["step"] - 1) // width, []).append(row[key])
+    order = sorted(values)
+    return [width * (i + 0.5) for i in order], [statistics.mean(values[i]) for i in order]
+
+
+def on_val(study, name):
+    """(steps, mean success in percent) of the evaluations on val that all seeds have."""
+    values = {}
+    for row in study.of(name, "eval"):
+        if row["split"] == "val":
+            values.setdefault(row["step"], []).append(100 * row["success"])
+    steps = [step for step, own in values.items() if len(own) >= len(study.seeds(name))]
+    return steps, [statistics.mean(values[step]) for step in steps]
 
 
 def curves(study, width=5):
     """Entropy and success of the rollouts, over seeds and `width` steps at a time; success on val."""
-    names = methods(study)
-    colours, _ = styles(study, names)
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    names = drawn_names(study)
+    colours, _ = styles(names)
+    figure = Figure((16, 4.5), layout="constrained")
+    entropy, success, val = figure.subplots(1, 3)
     for name in names:
         style = dict(color=colours[name], label=name, linewidth=1.2 + (name == "amft"))
-        for axis, key in zip(axes, ("entropy", "success")):
-            windows = {}
-            for row in study.of(name, "step"):
-                if row[key] is not None:
-                    windows.setdefault((row["step"] - 1) // width, []).append(row[key])
-            if windows:
-                axis.plot([width * (i + 0.5) for i in sorted(windows)],
-                          [statistics.mean(windows[i]) for i in sorted(windows)], **style)
-        val = {}
-        for row in study.of(name, "eval"):
-            if row["split"] == "val":
-                val.setdefault(row["step"], []).append(100 * row["success"])
-        val = {step: values for step, values in val.items() if len(values) >= len(study.seeds(name))}
-        axes[2].plot(list(val), [statistics.mean(values) for values in val.values()], marker=".", **style)
-    for axis, title in zip(axes, ("entropy of the rollouts (nats a token)", "share of rollouts correct",
-                                  "success on val, %")):
-        axis.set(xlabel="step", title=title)
-    axes[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        rows = study.of(name, "step")
+        for axis, key in ((entropy, "entropy"), (success, "success")):
+            steps, means = windows(rows, key, width)
+            if steps:
+                axis.plot(steps, means, **style)
+        val.plot(*on_val(study, name), marker=".", **style)
+    entropy.set(xlabel="step", title="entropy of the rollouts (nats a token)")
+    success.set(xlabel="step", title="share of rollouts correct")
+    val.set(xlabel="step", title="success on val, %")
+    val.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+# --- mu, and what moves it ------------------------------------------------------------------------
+
+
+def forces(axis, study, name):
+    """Running sums of AMFT's two forces."""
+    seeds = study.seeds(name)
+    for seed in seeds:
+        rows = study.of(name, "step", seed)
+        steps = [row["step"] for row in rows]
+        gaps = [step - before for before, step in zip([0, *steps], steps)]
+        # All that the estimates moved is recorded; of the entropy's force, of every step, a sample.
+        meta = [row["meta_force"] or 0.0 for row in rows]
+        entropy = [(row["entropy_force"] or 0.0) * gap for row, gap in zip(rows, gaps)]
+        for moves, style, label in ((meta, "-", "meta force"), (entropy, ":", "entropy force")):
+            axis.plot(steps, list(accumulate(moves)), style, linewidth=1, color=f"C{seed}",
+                      label=label if seed == seeds[0] else None)
+    axis.legend(fontsize=8)
+    axis.set_title("running sums of its two forces", fontsize=9)
+
+
+def sft_norms(axis, study, name):
+    for seed in study.seeds(name):
+        rows = [row for row in study.of(name, "step", seed) if row["grad_norm_sft"] is not None]
+        axis.plot([row["step"] for row in rows], [row["grad_norm_sft"] for row in rows], linewidth=1)
+    axis.set_title("norm of the SFT gradient", fontsize=9)
 
 
 def controllers(study):
     """mu of the adaptive rules; below, AMFT's two forces, or the norm of the SFT gradient."""
     names = [name for name in ADAPTIVE if name in study.names]
-    figure, axes = plt.subplots(2, len(names), figsize=(4 * len(names), 6), layout="constrained", squeeze=False)
-    for column, name in zip(axes.T, names):
+    figure = Figure((4 * len(names), 6), layout="constrained")
+    axes = figure.subplots(2, len(names), squeeze=False)
+    for (above, below), name in zip(axes.T, names):
         for seed in study.seeds(name):
             rows = study.of(name, "step", seed)
-            column[0].plot([row["step"] for row in rows], [row["mu"] for row in rows], linewidth=1)
-            if name.startswith("amft"):
-                steps = [0, *(row["step"] for row in rows)]
-                for key, style in (("meta_force", "-"), ("entropy_force", ":")):
-                    # All that the estimates moved is recorded; of the entropy's force, which is of every step, a sample.
-                    forces = [(row[key] or 0.0) * (step - last if key == "entropy_force" else 1)
-                              for row, step, last in zip(rows, steps[1:], steps)]
-                    column[1].plot(steps[1:], list(accumulate(forces)), style, linewidth=1, color=f"C{seed}",
-                                   label=key.replace("_", " ") if seed == study.seeds(name)[0] else None)
-                column[1].legend(fontsize=8)
-                column[1].set_title("running sums of its two forces", fontsize=9)
-            else:
-                norms = [(row["step"], row["grad_norm_sft"]) for row in rows if row["grad_norm_sft"] is not None]
-                column[1].plot(*zip(*norms), linewidth=1)
-                column[1].set_title("norm of the SFT gradient", fontsize=9)
-        column[0].set(title=f"{name.replace('-', ' ')}: mu, a line a seed", ylim=(-0.03, 1.03))
-        column[1].set_xlabel("step")
+            above.plot([row["step"] for row in rows], [row["mu"] for row in rows], linewidth=1)
+        above.set(title=f"{name.replace('-', ' ')}: mu, a line a seed", ylim=(-0.03, 1.03))
+        moves = forces if name.startswith("amft") else sft_norms
+        moves(below, study, name)
+        below.set_xlabel("step")
     return figure
+
+
+# --- Command line ---------------------------------------------------------------------------------
 
 
 def figures(study):
@@ -129,19 +185,23 @@ def figures(study):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", help="a recorded study, or a run's folder")
-    parser.add_argument("group", nargs="?", default="", help="of the study's runs; without it those of no group")
+    parser.add_argument("group", nargs="?", default="",
+                        help="of the study's runs; without it those of no group")
     args = parser.parse_args()
+    if Figure is None:
+        sys.exit(f"plot.py: {NO_MATPLOTLIB}")
     if (Path(args.what) / "metrics.jsonl").exists():
-        tasks.curves(read(args.what), Path(args.what) / "curves.png")
-        return print(Path(args.what) / "curves.png")
+        return print(screen.curves(read(args.what), Path(args.what) / "curves.png"))
     try:
         study = study_of(args.what, args.group)
     except ValueError as error:
         parser.error(str(error))
     for name, figure in figures(study).items():
-        path = RECORDED / f"{'-'.join(filter(None, (args.what, *args.group.split('/'), name)))}.png"
+        parts = [args.what, *args.group.split("/"), name]
+        path = RECORDED / f"{'-'.join(filter(None, parts))}.png"
         figure.savefig(path, dpi=110)
         print(path)
 

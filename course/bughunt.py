@@ -38,9 +38,10 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(HERE / "bughunt"))
+sys.path[:0] = [str(HERE / "bughunt"), str(HERE)]
 import probes  # noqa: E402
 import rules  # noqa: E402
+from grade import beside  # noqa: E402
 
 FILES = ("amft.py", "tasks.py")
 BUGS, TEST, FIX, SYMPTOM = 5, 1.5, 1.0, 0.5  # how many; points for each part of one
@@ -212,9 +213,17 @@ def render(folder, edits):
     folder.mkdir(parents=True)
     for file in FILES:
         (folder / file).write_text(edited(source(file), [edit for edit in edits if edit.file == file]))
+    furnish(folder)
     for name in ("base", "base-vl"):
         (folder / name).symlink_to(ROOT / name)
     return folder
+
+
+def furnish(folder):
+    """What the two files import, as it is."""
+    for name in beside():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
 
 
 # --- A process of its own for whatever runs ---
@@ -224,9 +233,10 @@ def warm_up(policy=True):
     """Import what every file imports, once: children are forks. Nothing of the project is imported here."""
     os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", TOKENIZERS_PARALLELISM="false")
     sys.dont_write_bytecode = True
-    for name in ("fractions", "torch", "torch.utils.checkpoint", "numpy", "tqdm", "transformers.modeling_layers",
-                 "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
-                 "transformers.generation.logits_process", "transformers.generation.configuration_utils",
+    for name in ("fractions", "torch", "torch.utils.checkpoint", "torch.nn.utils.rnn", "numpy", "tqdm",
+                 "transformers.cache_utils", "transformers.modeling_utils", "transformers.modeling_layers",
+                 "transformers.tokenization_utils_base", "transformers.models.auto.modeling_auto",
+                 "transformers.models.auto.tokenization_auto", "transformers.generation.configuration_utils",
                  *("transformers.models.llama.modeling_llama", "transformers.generation.utils") * policy):
         importlib.import_module(name)
     sys.modules["torch"].set_num_threads(1)
@@ -247,8 +257,9 @@ def apart(folder, work, seconds=SECONDS, memory=None):
             os.dup2(sink, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             sys.argv = ["amft.py"]
-            for name in ("amft", "tasks", "toy"):
-                sys.modules.pop(name, None)
+            for name in list(sys.modules):
+                if name.partition(".")[0] in ("amft", "tasks", "toy", "harness", "recipes"):
+                    del sys.modules[name]
             sys.path[:] = [str(folder), str(HERE), str(HERE / "bughunt")] + [
                 p for p in sys.path if not Path(p or ".").resolve().is_relative_to(ROOT)]
             resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 26, 2 ** 26))
@@ -324,7 +335,8 @@ class Workshop:
 ABOUT = """# Bug hunt of {student}
 
 `amft.py` and `tasks.py` here hold five silent bugs, each in one line of another function. They run. Many other lines look
-different from the published file and do the same: comparing files names no bug.
+different from the published file and do the same: comparing files names no bug. What they import, `harness/` and
+`recipes/`, holds none.
 
 `logs/bug1.jsonl` is the log of a short run with one of the bugs alone, `logs/right1.jsonl` of the same run of the right
 files; the run's flags are its first row. So for 2 to 5. A log shows what to ask, the paper and the docstrings what is right.
@@ -356,6 +368,7 @@ def make(student, out, private=None, logs=True):
         for file in FILES:
             edits = [edit for edit in [*changes, *(bug.edit for bug in bugs)] if edit.file == file]
             (out / file).write_text(edited(source(file), edits))
+        furnish(out)
         shutil.copytree(ROOT / "base", out / "base", ignore=shutil.ignore_patterns("early", "*.py", "__pycache__"))
         (out / "README.md").write_text(ABOUT.format(student=student))
         (out / "answers" / "conftest.py").write_text("import sys\nsys.path.insert(0, '.')\n")

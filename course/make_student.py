@@ -3,10 +3,12 @@
     python course/make_student.py --out FOLDER                 # all ten exercises to be done
     python course/make_student.py --out FOLDER --upto 4        # exercises 1 to 3 are solved
     python course/make_student.py --out FOLDER --check         # and prove it: every test fails here, and passes on the solution
+    python course/make_student.py --out FOLDER --autograder    # not for students: what goes into Gradescope's zip
 
 An exercise's function keeps its signature, docstring and types; its body, with the comments in it, becomes the
-exercise's text and an error that names it. The folder runs as it is: amft.py, tasks.py, the policies to start from, the
-tests that students see, the handout. It holds no history, no recorded runs, no test of the repository, no answers.
+exercise's text and an error that names it. The folder runs as it is: amft.py, tasks.py, what they import (harness/, some
+of recipes/), the policies to start from, the tests that students see, the handout. It holds no history, no recorded runs,
+no test of the repository, no answers.
 """
 
 import argparse
@@ -21,13 +23,14 @@ import textwrap
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from grade import body_of, exercises, functions_in
+from grade import beside, body_of, exercises, functions_in
 
 HERE = Path(__file__).resolve().parent
 SOLUTION = HERE.parent
-WIDTH = 110
+WIDTH = 100
 POLICY = "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json".split()
-COPIED = ["requirements.txt", "LICENSE", "base/README.md", *(f"{folder}/{name}" for folder in ("base", "base-vl") for name in POLICY)]
+COPIED = ["requirements.txt", "LICENSE", "base/README.md",
+          *(f"{folder}/{name}" for folder in ("base", "base-vl") for name in POLICY)]
 HANDED_OUT = ["handout.md", "toy.py", "written.md"]  # of this folder, where they are; and the handout's figures
 
 
@@ -80,6 +83,13 @@ def visible_table(text, hidden):
     return text
 
 
+def copy(names, out):
+    """Files of the solution, into a folder."""
+    for name in names:
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(SOLUTION / name, out / name)
+
+
 def make(out, upto=1):
     """Write the folder; it must be new or empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -89,16 +99,23 @@ def make(out, upto=1):
     for module in ("amft", "tasks"):
         undone = {name: e for e in listed if e["module"] == module and e["id"] >= upto for name in e["functions"]}
         (out / f"{module}.py").write_text(emptied((SOLUTION / f"{module}.py").read_text(), undone))
-    for name in COPIED:
-        if (SOLUTION / name).exists():
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(SOLUTION / name, out / name)
+    copy([name for name in COPIED if (SOLUTION / name).exists()], out)
+    copy(beside(), out)
     hidden = [name for e in listed for name in e["hidden"]]
     (out / "test_exercises.py").write_text(visible_tests((HERE / "test_exercises.py").read_text(), hidden))
     (out / "exercises.toml").write_text(visible_table((HERE / "exercises.toml").read_text(), hidden))
     for path in [HERE / "conftest.py", *(HERE / name for name in HANDED_OUT), *HERE.glob("*.png")]:
         if path.exists():
             shutil.copyfile(path, out / path.name)
+
+
+def make_autograder(out):
+    """Write what Gradescope's zip holds: the solution, this folder, and gradescope/ at the top."""
+    if out.exists():
+        raise ValueError(f"{out}: is there")
+    shutil.copytree(HERE / "gradescope", out)
+    shutil.copytree(HERE, out / "course", ignore=shutil.ignore_patterns("__pycache__", "gradescope"))
+    copy(["amft.py", "tasks.py", "requirements.txt", *beside()], out)
 
 
 def outcomes(folder):
@@ -130,8 +147,7 @@ def check(out, upto=1, solution=True):
     with tempfile.TemporaryDirectory() as work:
         for name in ("test_exercises.py", "exercises.toml", "conftest.py"):  # also those that students do not see
             shutil.copyfile(HERE / name, Path(work) / name)
-        for name in ("amft.py", "tasks.py"):
-            shutil.copyfile(SOLUTION / name, Path(work) / name)
+        copy(["amft.py", "tasks.py", *beside()], Path(work))
         solved = outcomes(work)
     problems += [f"{name}: fails on the solution ({message[:200]})" for name, message in solved.items() if message]
     every = {name for e in listed for name in e["tests"]}
@@ -143,10 +159,14 @@ def check(out, upto=1, solution=True):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder, new or empty")
+    parser.add_argument("--autograder", action="store_true", help="make the autograder's folder, not the students'")
     parser.add_argument("--upto", type=int, default=1, help="exercises before this one are solved (default: 1, none)")
     parser.add_argument("--check", action="store_true", help="prove that its tests fail, and pass on the solution")
     given = parser.parse_args()
     try:
+        if given.autograder:
+            make_autograder(given.out)
+            return print(f"{given.out}: zip what is in it")
         make(given.out, given.upto)
     except (OSError, ValueError) as error:
         parser.error(str(error))

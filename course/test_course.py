@@ -58,12 +58,13 @@ return torch.func.jvp(step, (mu, theta, state.m, state.v), (torch.ones_like(mu),
 """,
     8: """
 P, G = rollouts.success.shape
-advantages, scale = group_advantages(rollouts.success)
-slopes = torch.zeros(P, dtype=tangent.dtype, device=tangent.device)
+values, scale = group_advantages(rollouts.success) if advantages is None else advantages
+slopes = torch.zeros(P, dtype=d_theta.dtype, device=d_theta.device)
 for p in range(P):
     part = rollouts.batch.rows(slice(p * G, (p + 1) * G))
-    logps = (logps_of(model, part, config.temperature) * part.mask).sum(1)
-    slopes[p] = gradient(model, (scale * advantages[p] * logps).mean()) @ tangent
+    logps = (logps_of(model, part, config.temperature) * part.response_mask).sum(1)
+    grads = torch.autograd.grad((scale * values[p] * logps).mean(), list(model.parameters()))
+    slopes[p] = torch.cat([grad.reshape(-1) for grad in grads]) @ d_theta
 return slopes.mean().item(), slopes.std().item() / math.sqrt(P)
 """,
 }
@@ -113,54 +114,53 @@ WRONG = [
     (1, "ids.unsqueeze(-1)", "logits.argmax(-1).unsqueeze(-1)", "likeliest"),
     (1, "return logits", "return -logits", "negated"),
     (1, "logits.log_softmax(-1)", "logits.detach().log_softmax(-1)", "no_gradient"),
-    (2, "-(logps * mask).sum() / (mask.sum() if tokens is None else tokens)", "-(logps * mask).mean()", "sft_all_positions"),
-    (2, "-(logps * mask).sum() / (mask.sum() if tokens is None else tokens)", "-((logps * mask).sum(1) / mask.sum(1)).mean()",
+    (2, "-(logps * mask).sum() / (mask.sum() if n_tokens is None else n_tokens)", "-(logps * mask).mean()", "sft_all_positions"),
+    (2, "-(logps * mask).sum() / (mask.sum() if n_tokens is None else n_tokens)", "-((logps * mask).sum(1) / mask.sum(1)).mean()",
      "sft_row_means"),
     (2, "-(logps * mask)", "(logps * mask)", "sft_sign"),
     (2, "(logps * mask).sum()", "logps.sum()", "sft_no_mask"),
-    (2, "(mask.sum() if tokens is None else tokens)", "mask.sum()", "sft_ignores_tokens"),
-    (2, "(mask.sum() if tokens is None else tokens)", "len(mask)", "sft_per_sequence"),
+    (2, "(mask.sum() if n_tokens is None else n_tokens)", "mask.sum()", "sft_ignores_tokens"),
+    (2, "(mask.sum() if n_tokens is None else n_tokens)", "len(mask)", "sft_per_sequence"),
     (2, "beta * (", "(", "reward_no_beta"),
     (2, "mask).sum(-1)", "mask).sum(-1) / mask.sum(-1)", "reward_mean"),
     (2, "logps - ref_logps", "ref_logps - logps", "reward_sign"),
     (2, "(logps - ref_logps)", "logps", "reward_no_reference"),
     (3, " * G / (G - 1)", "", "own_mean"),
     (3, "rewards.mean(1, keepdim=True)) * G / (G - 1)", "rewards.mean())", "batch_mean"),
-    (3, "(centred / scale, scale)", "(centred / centred.std(1, keepdim=True), scale)", "group_std"),
+    (3, "centred / scale, scale", "centred / centred.std(1, keepdim=True), scale", "group_std"),
     (3, "correction=0", "correction=1", "sample_std"),
-    (3, "(centred / scale, scale) if scale > 1e-6 else (torch.zeros_like(centred), 1.0)", "(centred / scale, scale)",
-     "division_by_nothing"),
-    (3, "raise ValueError", "return rewards, 1.0 #", "one_sample"),
+    (3, "scale < 1e-6", "False", "division_by_nothing"),
+    (3, "centred / scale, scale", "centred, scale", "not_scaled"),
+    (3, "torch.zeros_like(centred), 1.0", "torch.zeros_like(centred), scale", None),
     (3, "centred.std(", "rewards.std(", "scale_of_rewards"),
-    (4, "torch.where(own, values[:, t], following)", "values[:, t]", "environment_counts"),
-    (4, "torch.where(own, delta + gamma * lam * running, running)", "torch.where(own, delta, 0) + gamma * lam * running",
-     "environment_counts"),
-    (4, "running = following = torch.zeros_like(values[:, 0])", "running, following = 0 * values[:, 0], values[:, -1]", "bootstrapped"),
-    (4, "+ gamma * following", "+ following", "no_gamma"),
-    (4, "gamma * lam * running", "gamma * running", "no_lam"),
-    (4, "gamma * lam * running", "lam * running", "lam_without_gamma"),
-    (4, "delta + gamma * lam * running", "delta", "one_delta"),
+    (4, "torch.where(on_token, values[:, t], next_value)", "values[:, t]", "environment_counts"),
+    (4, "torch.where(on_token, delta + gamma * lam * advantage, advantage)",
+     "torch.where(on_token, delta, 0) + gamma * lam * advantage", "environment_counts"),
+    (4, "next_value = torch.zeros_like(values[:, 0])", "next_value = values[:, -1]", "bootstrapped"),
+    (4, "+ gamma * next_value", "+ next_value", "no_gamma"),
+    (4, "gamma * lam * advantage", "gamma * advantage", "no_lam"),
+    (4, "gamma * lam * advantage", "lam * advantage", "lam_without_gamma"),
+    (4, "delta + gamma * lam * advantage", "delta", "one_delta"),
     (4, " - values[:, t]", "", "no_baseline"),
-    (4, "running * own", "running", "unmasked"),
+    (4, "advantage * on_token", "advantage", "unmasked"),
     (4, "(advantages + values) * mask", "advantages", "returns_are_advantages"),
     (5, "torch.minimum", "torch.maximum", "maximum"),
-    (5, "torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)",
-     "ratio.clamp(1 - clip, 1 + clip) * advantages", "clipped_alone"),
+    (5, "torch.minimum(ratio * advantages, clipped * advantages)", "clipped * advantages", "clipped_alone"),
     (5, "ratio.clamp(1 - clip, 1 + clip)", "ratio", "not_clipped"),
     (5, ".exp()", "", "log_ratio"),
     (5, "logps - old_logps", "old_logps - logps", "inverse_ratio"),
     (5, "-(surrogate", "(surrogate", "ppo_sign"),
     (5, "(surrogate * mask).sum()", "surrogate.sum()", "ppo_no_mask"),
-    (5, "(mask.sum() if tokens is None else tokens)", "mask.sum()", "ppo_ignores_tokens"),
-    (5, "-(surrogate * mask).sum() / (mask.sum() if tokens is None else tokens)",
+    (5, "(mask.sum() if n_tokens is None else n_tokens)", "mask.sum()", "ppo_ignores_tokens"),
+    (5, "-(surrogate * mask).sum() / (mask.sum() if n_tokens is None else n_tokens)",
      "-((surrogate * mask).sum(1) / mask.sum(1)).mean()", "ppo_row_means"),
     (5, "(logps - old_logps).exp()", "(logps - old_logps).detach().exp()", "ppo_detached"),
-    (6, "m / (1 - b1 ** step) / (root / math.sqrt(1 - b2 ** step)", "m / (root", "no_bias_correction"),
+    (6, "(m_hat / (root_hat + eps))", "(m / (root + eps))", "no_bias_correction"),
     (6, "theta * (1 - lr * weight_decay)", "theta", "no_decay"),
     (6, "1 - lr * weight_decay", "1 - weight_decay", "decay_without_lr"),
     (6, ".clamp(max=1.0)", ".clamp(max=1.0) + weight_decay * theta; weight_decay = 0", "l2_decay"),
-    (6, "(root / math.sqrt(1 - b2 ** step) + eps)", "((root + eps) / math.sqrt(1 - b2 ** step))", "eps_before_correction"),
-    (6, "root / math.sqrt(1 - b2 ** step) + eps", "(v / (1 - b2 ** step) + eps).sqrt()", "eps_inside"),
+    (6, "(root_hat + eps)", "((root + eps) / math.sqrt(1 - b2 ** step))", "eps_before_correction"),
+    (6, "root_hat + eps", "(v / (1 - b2 ** step) + eps).sqrt()", "eps_inside"),
     (6, ".clamp(max=1.0)", "", "always_scaled"),
     (6, "grad * (max_norm / (norm + 1e-6)).clamp(max=1.0)", "grad", "not_clipped_norm"),
     (6, "grad * (max_norm / (norm + 1e-6)).clamp(max=1.0)", "grad.clamp(-max_norm, max_norm)", "clipped_by_value"),
@@ -176,16 +176,18 @@ WRONG = [
     (7, "if last is None else", "if True else", "trace_missing"),
     (7, "(torch.ones_like(mu), *moved)", "(torch.ones_like(mu), moved[0], 0 * theta, 0 * theta)", "trace_only_theta"),
     (7, "(torch.ones_like(mu), *moved)", "(-torch.ones_like(mu), *moved)", "sensitivity_sign"),
-    (8, "(scale * advantages[p] * logps)", "(advantages[p] * logps)", "standardised"),
+    (8, "(scale * values[p] * logps)", "(values[p] * logps)", "standardised"),
     (8, "group_advantages(rollouts.success)", "(rollouts.success, 1.0)", "without_baseline"),
     (8, "group_advantages(rollouts.success)", "(rollouts.success - rollouts.success.mean(), 1.0)", "batch_baseline"),
     (8, "group_advantages(rollouts.success)", "(rollouts.success - rollouts.success.mean(1, keepdim=True), 1.0)",
      "own_sample_in_baseline"),
     (8, "logps_of(model, part, config.temperature)", "logps_of(model, part)", "no_temperature"),
-    (8, "part, config.temperature) * part.mask)", "part, config.temperature))", "whole_batch_mask"),
+    (8, "part, config.temperature) * part.response_mask)", "part, config.temperature))", "whole_batch_mask"),
     (8, ".sum() / G", ".sum()", "sum_of_samples"),
-    (8, " * part.mask[rows]", "", "whole_batch_mask"),
-    (8, "config, config.temperature)", "config)", "no_temperature"),
+    (8, " * batch.response_mask[rows]", "", "whole_batch_mask"),
+    (8, f"config,\n{' ' * 35}config.temperature)", "config)", "no_temperature"),
+    (8, "group_advantages(rollouts.success) if advantages is None else advantages", "group_advantages(rollouts.success)",
+     "given_ignored"),
     (8, "slopes.mean().item()", "slopes.sum().item()", "sum_of_prompts"),
     (8, "slopes.mean().item()", "slopes[slopes != 0].sum().item() / max(1, (slopes != 0).sum().item())", "silent_prompts_dropped"),
     (8, "slopes.std()", "slopes.std(correction=0)", "error_population"),
@@ -199,7 +201,7 @@ WRONG = [
     (9, "math.erf(total / math.sqrt(2 * variance))", "(1 if total > 0 else -1)", "sign_alone"),
     (9, "math.erf(total / math.sqrt(2 * variance))", "sum(slope for slope, _ in estimates)", "slope_alone"),
     (9, "if error > 0", "", "zero_error"),
-    (9, "min(max(mu + meta_force + entropy_force, config.mu_min), config.mu_max)", "mu + meta_force + entropy_force", "not_clipped_mu"),
+    (9, "min(max(mu, config.mu_min), config.mu_max)", "mu", "not_clipped_mu"),
     (10, "sorted(used) != sorted(self.numbers)", "set(used) != set(self.numbers)", "numbers_as_a_set"),
     (10, "sorted(used) != sorted(self.numbers)", "tuple(used) != tuple(self.numbers)", "numbers_in_order"),
     (10, "sorted(used) != sorted(self.numbers)", "False", "numbers_not_checked"),
@@ -290,6 +292,7 @@ def test_the_solution_passes():
 
 @pytest.mark.parametrize("case", RIGHT, ids=lambda case: case[0])
 def test_other_right_answers_pass(case):
+    """A test or a refusal that takes points from a right answer in another form."""
     exercise, body = case
     passed, message = grade.judge(EXERCISES[exercise], answer(exercise, body, EXERCISES[exercise]["functions"][-1]), range(8 if SLOW else 1))
     assert passed, message
@@ -299,6 +302,7 @@ def test_other_right_answers_pass(case):
 
 
 def test_the_table_of_exercises_is_whole():
+    """A test or a hint that is listed nowhere, listed and not there, or points that are not 60."""
     assert list(EXERCISES) == list(range(1, 11)) and sum(e["points"] for e in EXERCISES.values()) == 60
     text = (HERE / "test_exercises.py").read_text()
     marked = re.findall(r"^@exercise\((\d+)\)\ndef (test_\w+)\(seed\)", text, re.M)
@@ -316,12 +320,49 @@ def test_the_table_of_exercises_is_whole():
 
 
 def test_the_handout_states_the_facts_of_the_table():
+    """A handout whose points, minutes, lines or limits are not the grader's."""
     text = (HERE / "handout.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (.*?) \| .*? \| (\d+) \| (\d+) \| (\d+) \|$", text, re.M)
     assert [(int(n), re.findall(r"`([\w.]+)`", names), *map(int, numbers)) for n, names, *numbers in rows] == [
         (e["id"], e["functions"], e["points"], e["minutes"], e["lines"]) for e in EXERCISES.values()]
     for name in [*grade.MODULES, *grade.STORED, f"{grade.SECONDS} seconds", f"{grade.MIB} MiB", f"seed {grade.VISIBLE}"]:
         assert name in text, name
+
+
+def imports_of_a_run():
+    """Files of the repository that amft.py, tasks.py and what they import name in an import, at once or on demand."""
+    seen, left = set(), {"amft.py", "tasks.py"}
+    while left:
+        name = left.pop()
+        seen.add(name)
+        for node in ast.walk(ast.parse((HERE.parent / name).read_text())):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            paths = {f"{module.replace('.', '/')}.py" for module in modules}
+            left |= {path for path in paths if (HERE.parent / path).exists()} - seen
+    return seen
+
+
+def test_what_amft_imports_goes_with_it():
+    """A file of harness/ or recipes/ that a run needs and a student's folder, a hunt or the autograder would lack."""
+    needed = imports_of_a_run() - {"amft.py", "tasks.py"}
+    assert "harness/memory.py" in needed and needed <= set(grade.beside())
+    assert not [name for name in grade.beside() if "test_" in name]
+
+
+def run_of(folder, *flags):
+    """A run of a folder's own amft.py, as a student starts it: nothing of the repository is on its path."""
+    return subprocess.run([sys.executable, "amft.py", "--device", "cpu", *flags], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
+
+
+def test_a_folder_that_is_solved_runs(tmp_path):
+    """A kit whose amft.py does not find what it imports: also a recipe, which other tokens than the usual 40 ask for."""
+    make_student.make(tmp_path / "student", upto=11)
+    flags = "--out run --steps 1 --prompts 2 --samples 2 --sft-batch 2 --demos 4 --eval-n 1 --max-new-tokens 41"
+    done = run_of(tmp_path / "student", *flags.split())
+    assert done.returncode == 0, done.stderr
+    assert '"final"' in (tmp_path / "student" / "run" / "metrics.jsonl").read_text()
 
 
 def test_a_students_folder(tmp_path):
@@ -331,7 +372,7 @@ def test_a_students_folder(tmp_path):
     assert make_student.check(out, solution=SLOW) == []
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert {"amft.py", "tasks.py", "requirements.txt", "test_exercises.py", "conftest.py", "exercises.toml",
-            "base/model.safetensors", "handout.md", "written.md", "toy.py", "meta-gradient.png"} <= files
+            "base/model.safetensors", "handout.md", "written.md", "toy.py", "meta-gradient.png", *imports_of_a_run()} <= files
     for name in ("handout.md", "written.md"):  # every file that they name is there
         for linked in re.findall(r"\]\(([^)]+)\)", (out / name).read_text()):
             assert linked in files, linked
@@ -353,6 +394,7 @@ def test_a_students_folder(tmp_path):
 
 
 def test_comments_of_a_body_go_and_those_of_a_signature_stay():
+    """A comment that hands out the answer; a signature that is cut with the body."""
     source = """class A:
     def f(self,
           x: int = 3) -> int:  # (B, T)
@@ -383,6 +425,7 @@ def h():  # stays
 
 
 def test_a_folder_with_the_first_exercises_solved(tmp_path):
+    """--upto that empties too much or too little, and a folder that is written over."""
     make_student.make(tmp_path / "student", upto=4)
     for e in EXERCISES.values():
         for name in e["functions"]:
@@ -394,6 +437,7 @@ def test_a_folder_with_the_first_exercises_solved(tmp_path):
 
 @slow
 def test_a_folder_whose_tests_are_wrong_is_noticed(tmp_path):
+    """A --check that passes whatever the folder's tests do."""
     out = tmp_path / "student"
     make_student.make(out, upto=10)
     text = (out / "test_exercises.py").read_text()
@@ -433,6 +477,7 @@ def scores(results):
 
 
 def test_doing_nothing_scores_nothing(tmp_path, monkeypatch):
+    """Points for stubs; results.json that is not whole after each exercise."""
     make_student.make(tmp_path / "student")
     states, true = [], grade.write
     monkeypatch.setattr(grade, "write", lambda path, results: (states.append(json.dumps(results)), true(path, results)))
@@ -496,6 +541,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("body", REFUSED)
 def test_bodies_that_are_refused(body):
+    """A way to files, processes, other modules or the tests that refusal() does not see."""
     with pytest.raises(grade.Refused, match="not allowed in a graded body"):
         import torch
         node = ast.parse("def f():\n" + "".join(f"    {line}\n" for line in body.splitlines()))
@@ -517,6 +563,7 @@ FINE = [
 
 @pytest.mark.parametrize("body", FINE)
 def test_bodies_that_are_not_refused(body):
+    """A refusal of what an honest answer may say."""
     import amft
     import tasks
     node = ast.parse("def f():\n" + "".join(f"    {line}\n" for line in body.splitlines()))
@@ -547,6 +594,7 @@ UNCHECKED = [
 
 @pytest.mark.parametrize("body, said", [pytest.param(*row, marks=slow) for row in UNCHECKED])
 def test_what_the_process_withstands(body, said):
+    """A body that, unrefused, gets a verdict, a file or a process of its own."""
     passed, message, measured = grade.in_process(EXERCISES[1], answer(1, body), [0], check=False)
     assert not passed and said in message, message
     assert measured["mib"] < 800
@@ -587,28 +635,32 @@ def test_what_a_submission_may_look_like(tmp_path):
         grade.find(broken, "tasks.py", "Deal.grade")
     broken = SOURCES["tasks"] + "\n)\n"
     assert ast.dump(grade.find(broken, "tasks.py", "Deal.grade")) == ast.dump(functions(SOURCES["tasks"])["Deal.grade"])
-    changed = SOURCES["amft"].replace("SAVE_SECONDS = 30", "SAVE_SECONDS = 31")
+    changed = SOURCES["amft"].replace('    "sft-rl": SFTThenRL,\n', "")
     assert "was not used" in grade.remarks({"amft": changed}, list(EXERCISES.values()))[0]
     assert grade.remarks(answer(4, "return None"), list(EXERCISES.values())) == []
 
 
 def test_a_grader_that_runs_out_of_time_says_so(tmp_path):
+    """Exercises that are failed in silence when the time of all is over."""
     results = grade.grade([submitted(tmp_path / "in", answers())], tmp_path / "results.json", total=1, say=lambda *_, **__: None)
     assert results["score"] == 0 and all("not graded" in row["output"] for row in results["tests"])
 
 
 def test_helpers_outside_are_said_to_be_out_of_reach():
+    """A NameError that does not say why a helper is not there."""
     passed, message = grade.judge(EXERCISES[4], answer(4, "return my_helper(rewards)"), [0])
     assert not passed and "put helpers and imports inside" in message and "amft.py, line" in message
 
 
 def test_arguments_are_not_to_be_changed():
+    """A body that works in place on what it was given, and passes."""
     body = "mask.zero_()\nreturn torch.zeros_like(values), torch.zeros_like(values)"
     passed, message = grade.judge(EXERCISES[4], answer(4, body), [0])
     assert not passed and "changed in place" in message
 
 
 def test_hidden_seeds_are_a_students_own_and_verified(monkeypatch):
+    """Hidden seeds that are everybody's, unverified, or to be worked out without the secret."""
     seeds = {tuple(grade.hidden_seeds(f"student {i}")) for i in range(50)}
     assert len(seeds) > 45 and all(len(set(three)) == 3 and set(three) <= set(grade.VERIFIED) for three in seeds)
     assert grade.VISIBLE not in grade.VERIFIED and grade.hidden_seeds("a") == grade.hidden_seeds("a")
@@ -617,14 +669,22 @@ def test_hidden_seeds_are_a_students_own_and_verified(monkeypatch):
     assert grade.hidden_seeds("a") != before
 
 
+def test_gradescopes_zip_holds_what_the_grader_needs(tmp_path):
+    """A zip that leaves out what amft.py imports, or the scripts that Gradescope runs."""
+    make_student.make_autograder(tmp_path / "source")
+    files = {str(path.relative_to(tmp_path / "source")) for path in (tmp_path / "source").rglob("*.*")}
+    assert {"setup.sh", "requirements.txt", "course/exercises.toml", *imports_of_a_run()} <= files
+    assert os.access(tmp_path / "source" / "run_autograder", os.X_OK)
+    assert not [name for name in files if re.match("test_|(harness|recipes)/(.*/)?test_", name)]
+
+
 @slow
 def test_the_solution_scores_everything_by_gradescopes_own_script(tmp_path):
     """From the student's folder, filled in, through run_autograder, to results.json."""
     make_student.make(tmp_path / "submission")
     submitted(tmp_path / "submission", answers())
     (tmp_path / "results").mkdir()
-    shutil.copytree(HERE, tmp_path / "source" / "course", ignore=shutil.ignore_patterns("__pycache__"))
-    submitted(tmp_path / "source", SOURCES)
+    make_student.make_autograder(tmp_path / "source")
     (tmp_path / "source" / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "source" / "venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (tmp_path / "source" / "venv" / "bin" / "python").chmod(0o755)

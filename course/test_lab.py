@@ -36,6 +36,7 @@ def plain():
 
 @pytest.mark.parametrize("student", ["", "a", "b"])
 def test_the_exact_meta_gradient_is_the_finite_difference_of_u(student):
+    """An enumeration that is not of the policy, or a tangent that is not of the step."""
     world = toy.World(student)
     step, tangent = toy.curve(world)
     at, h = 0.35, 1e-5
@@ -46,7 +47,7 @@ def test_the_exact_meta_gradient_is_the_finite_difference_of_u(student):
     # And the enumeration is of the policy that amft.py sees.
     rollouts = world.rollouts(here, 6, 2)
     logps = toy.amft.logps_of(world.model, rollouts.batch)
-    row = world.token_logps(here)[(world.prompts == rollouts.batch.ids[0, :3]).all(1).nonzero()[0, 0]]
+    row = world.token_logps(here)[(world.prompts == rollouts.batch.input_ids[0, :3]).all(1).nonzero()[0, 0]]
     torch.testing.assert_close(row[(toy.RESPONSES == rollouts.batch.responses[0]).all(1)][0], logps[0])
 
 
@@ -72,6 +73,7 @@ def test_the_figures_of_the_written_questions():
 
 
 def test_the_picture_shows_the_estimate_beside_the_truth(tmp_path):
+    """A picture whose estimate is far from the exact slope."""
     pytest.importorskip("matplotlib")
     slope, estimate, error = toy.plot(toy.World(), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size < 100_000 and abs(estimate - slope) < 4 * error
@@ -81,6 +83,7 @@ def test_the_picture_shows_the_estimate_beside_the_truth(tmp_path):
 
 
 def test_the_same_id_draws_the_same_five_bugs_and_another_id_others():
+    """Bugs that a student cannot be graded on again; edits that overlap or move lines."""
     first, again, other = (bughunt.hunt_of(student) for student in ("ada", "ada", "emmy"))
     assert first == again and len(first[0]) == 5 and len({bug.rule.where for bug in first[0]}) == 5
     assert {bug.edit for bug in first[0]} != {bug.edit for bug in other[0]} and first[1] != other[1] and len(first[1]) > 60
@@ -94,6 +97,7 @@ def test_the_same_id_draws_the_same_five_bugs_and_another_id_others():
 
 
 def test_every_rule_applies_and_no_bug_is_already_known():
+    """A rule whose text is no longer in the code, or whose bug is published."""
     assert len(rules.RULES) >= 30 and sum(len(list(rules.variants(rule))) for rule in rules.RULES) >= 150
     known, rng = bughunt.mutants(), random.Random(1)
     for rule in rules.RULES:
@@ -108,12 +112,14 @@ def command(*argv):
 
 @slow
 def test_bugs_are_told_from_the_right_file():
+    """A check of the pool that does not work, by one rule."""
     done = command("check", "--quick", "--only", "amft.py:gae (adv*")
     assert done.returncode == 0 and "1 rules, 1 bugs, 0 faults" in done.stdout, done.stdout + done.stderr
 
 
 @slow
 def test_every_choice_of_every_rule():
+    """A rule with a choice that behaves as the right file does."""
     done = subprocess.run([sys.executable, str(HERE / "bughunt.py"), "check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
 
@@ -159,6 +165,7 @@ def graded(folder, *flags):
 
 
 def test_a_right_submission_has_all_points_whichever_number_a_bug_was_given(handed_out):
+    """A right test or fix that is not paid, or only under the bug's own number."""
     bugs, changes = bughunt.hunt_of("ada", handed_out / "private.py")
     for number, bug in enumerate(reversed(bugs), 1):
         name = bug.rule.where.split(".")[-1].split(":")[-1]
@@ -194,6 +201,7 @@ def test_wrong_submissions_have_none(handed_out):
 
 
 def test_every_command_in_the_texts_names_a_file_and_a_flag_that_are_there():
+    """A text that names a question, a file or a folder that students do not have."""
     for name in ("written.md", "answers.md", "handout.md"):
         text = (HERE / name).read_text()
         for question in re.findall(r"python (?:course/)?toy\.py ([a-z]+)", text):

@@ -18,11 +18,11 @@ import argparse
 import hashlib
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.nn.utils import vector_to_parameters
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE if (HERE / "amft.py").exists() else HERE.parent))
@@ -36,6 +36,7 @@ EXPERT = 0.75  # share of its demonstrations that are right
 class Policy(torch.nn.Module):
     """As much of a causal language model as amft.py asks for: each (place, token) adds a vector to the state."""
     config, device = SimpleNamespace(), torch.device("cpu")
+    dtype = property(lambda self: self.table.dtype)
 
     def __init__(self, generator):
         super().__init__()
@@ -97,7 +98,7 @@ class World:
     def batch(self, which, said):
         """Batch of responses `said` (B,) to prompts `which` (B,)."""
         ids = torch.cat([self.prompts[which], RESPONSES[said]], 1)
-        return amft.Batch(ids, torch.ones_like(ids), torch.ones(len(ids), T), [torch.empty(0)] * len(ids))
+        return amft.Batch(ids, torch.ones_like(ids), torch.ones(len(ids), T), [[]] * len(ids))
 
     def draw(self, theta, P, G):
         """(prompts (P,), responses (P, G)) that the policy samples."""
@@ -106,7 +107,7 @@ class World:
 
     def rollouts(self, theta, P, G):
         """amft.Rollouts of the policy; leaves theta in the model."""
-        vector_to_parameters(theta.clone(), self.model.parameters())
+        amft.set_theta(self.model, theta.clone())
         which, said = self.draw(theta, P, G)
         batch, logps = self.batch(which.repeat_interleave(G), said.flatten()), self.token_logps(theta)
         first = logps[:, ::V, 0]  # (X, V); entropy of both places, in nats a token
@@ -123,8 +124,9 @@ class World:
         """(g_rl, g_sft, rollouts, scale of the advantages) of one step at theta."""
         seen = self.rollouts(theta, P, G)
         advantages = amft.advantages_of(self.model, None, seen, config)
+        weights = partial(amft.Method(config).token_weights, None)  # as --imitation says
         return (amft.rl_gradient(self.model, seen.batch, advantages, config)[0],
-                amft.sft_gradient(self.model, self.demos(16), config)[0], seen, advantages.scale)
+                amft.sft_gradient(self.model, self.demos(16), config, weights)[0], seen, advantages.scale)
 
     def mixed_steps(self, n, mu=0.5, lr=0.02):
         """(theta, Adam's state) after n steps on the mixed loss."""
@@ -200,7 +202,7 @@ def shift(world, short=False, P=12, G=4):
     which, said = world.draw(theta, P, G)
     rollouts = amft.Rollouts([], world.batch(which.repeat_interleave(G), said.flatten()),
                              world.right[which.unsqueeze(1), said], None, 0.0, 0.0)
-    vector_to_parameters(theta.clone(), world.model.parameters())
+    amft.set_theta(world.model, theta.clone())
     own = amft.meta_gradient(world.model, tangent, rollouts, settings())[0]
     advantages, scale = amft.group_advantages(rollouts.success)
     here = (advantages * scale * scores[which.unsqueeze(1), said]).mean().item()
@@ -266,22 +268,22 @@ def signal(world, short=False, G=4):
 def lam(world, short=False):
     """Expectation, over all prompts and responses, of what own_meta_gradient estimates when advantages are GAE's."""
     theta, tangent = world.look_ahead()
-    vector_to_parameters(theta.clone(), world.model.parameters())
+    amft.set_theta(world.model, theta.clone())
     torch.manual_seed(int(world.name, 16))
     phi = amft.value_function(world.model)  # knows nothing yet
     p = world.probabilities(theta).flatten()
     which, said = torch.arange(X).repeat_interleave(V * V), torch.arange(V * V).repeat(X)
     batch = world.batch(which, said)
     with torch.no_grad():
-        states = amft.outputs(world.model, batch, hidden=True)[1]
-        values = 3 * phi(states).squeeze(-1)  # (X * Y, T)
+        _, states = amft.response_outputs(world.model, batch, hidden=True)
+        values = 3 * phi(states)  # (X * Y, T)
     slopes = torch.func.jvp(world.token_logps, (theta,), (tangent,))[1].flatten(0, 1)  # of each token
     truth, out = (world.utility_gradient(theta) @ tangent).item(), {}
     print(f"dU/dmu exactly: {truth:.3e}; of rewards that are all 1: 0")
     for lambda_ in (1.0, 0.95, 0.8, 0.5, 0.0):
         for name, reward in (("the world's", world.right), ("all 1", torch.ones(X, V * V))):
             paid = torch.stack([torch.zeros(X * V * V), reward.flatten()], 1)
-            advantages, _ = amft.gae(paid, values, batch.mask, lam=lambda_)
+            advantages, _ = amft.gae(paid, values, batch.response_mask, lam=lambda_)
             expected = (p.unsqueeze(1) * advantages * slopes).sum().item() / X
             exact = truth if name != "all 1" else 0.0
             out[name, lambda_] = (expected - exact) / abs(truth)
@@ -294,15 +296,15 @@ def learn(world, seed, mu, controller, steps, lr=0.02):
     """(U at the end, mu at each step) of one run: AMFT from mu, or mu fixed."""
     config = settings(eta_mu=0.05 if controller else 0.0, eta_h=0.0, trace=0.9, mu=mu)
     world.generator.manual_seed(seed)
-    theta, state, tangents, evidence, path = world.start, fresh(world.start), None, (0.0, 0.0), []
+    theta, state, sensitivity, evidence, path = world.start, fresh(world.start), None, (0.0, 0.0), []
     for _ in range(steps):
         g_rl, g_sft, seen, scale = world.gradients(theta, config)
-        if controller and tangents:
-            estimates = [amft.meta_gradient(world.model, tangents[0], world.rollouts(theta, 8, 4), config),
-                         amft.own_meta_gradient(g_rl, tangents[0], seen.batch, scale)]
+        if controller and sensitivity:
+            estimates = [amft.meta_gradient(world.model, sensitivity[0], world.rollouts(theta, 8, 4), config),
+                         amft.own_meta_gradient(g_rl, sensitivity[0], seen.batch, scale)]
             mu, evidence, _ = amft.update_mu(mu, seen.entropy, seen.entropy, estimates, evidence, config)
         path.append(mu)
-        tangents = amft.step_sensitivity(theta, g_rl, g_sft, mu, state, tangents, config.trace, lr=lr)
+        sensitivity = amft.step_sensitivity(theta, g_rl, g_sft, mu, state, sensitivity, config.trace, lr=lr)
         theta, state = amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, lr=lr)
     return world.utility(theta).item(), path
 

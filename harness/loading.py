@@ -2,10 +2,13 @@
 
 import os
 import random
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, logging
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,12 +23,12 @@ def load_policy(config: Any, task: Any, core: Any, learns: bool = True) -> tuple
     config.device = device_of(config.device)
     sees = task.sample("train", random.Random(0)).image is not None
     name = "base-vl" if sees and config.model == "base" else config.model
-    source = ROOT / name if (ROOT / name / "config.json").exists() else name
+    source, near = source_of(name)
     kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
         model, info = kind.from_pretrained(source, dtype=torch.bfloat16 if config.bf16 else torch.float32,
-                                           output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+                                           output_loading_info=True, local_files_only=near)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=near)
         if sees:  # a response may not hold the token that a picture stands for: no picture would come with it
             banned = torch.tensor([model.config.image_token_id], device=config.device)
             head = model.get_output_embeddings()
@@ -36,11 +39,35 @@ def load_policy(config: Any, task: Any, core: Any, learns: bool = True) -> tuple
             check_checkpoint(core, model, tokenizer, info, task, config, learns)
     except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own
         text = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if text.startswith("--"):  # it says which flag is wrong
+            raise ValueError(text)
         eyes = "vision-language " if sees else ""
         raise ValueError(f"--model {config.model}: not a {eyes}checkpoint for {config.task} ({text})")
     if config.device == "cpu" and model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return model, tokenizer
+
+
+def source_of(name: str) -> tuple:
+    """(a folder or a hub name, whether to look on this machine alone). ValueError for a folder that is not there."""
+    for folder in (ROOT / name, Path(name)):
+        if (folder / "config.json").exists():
+            return folder, True
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).exists():
+        raise ValueError(f"--model {name}: there is no checkpoint in such a folder, one with a config.json")
+    return name, not hub_answers()
+
+
+def hub_answers() -> bool:
+    """Can the hub be reached? Asked once, for at most three seconds: the library itself tries for half a minute."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return True
+    host = urlparse(constants.ENDPOINT).hostname
+    try:
+        socket.create_connection((host, 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def is_shipped(config: Any, task: Any) -> bool:

@@ -34,6 +34,8 @@ class Run:
         self.clock = time.time()  # when the last state was saved
         self.saved = None  # how many steps that one has
         self.in_step = self.stopping = False
+        signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGTERM, self.interrupt)
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.log, "a")
         if not locked(self.lock):
@@ -93,9 +95,7 @@ class Run:
 
     def steps(self, n: int) -> Any:
         """The numbers of the steps to do, with a bar; within one Ctrl-C and SIGTERM wait for its end."""
-        signal.signal(signal.SIGINT, self.interrupt)
-        signal.signal(signal.SIGTERM, self.interrupt)
-        for t in tqdm(range(self.t + 1, n + 1), initial=self.t, total=n, leave=False):
+        for t in tqdm(range(self.t + 1, n + 1), initial=self.t, total=n, leave=False, disable=None):
             self.in_step = True
             yield t
             self.in_step = False
@@ -133,7 +133,7 @@ class Run:
 
     def evaluate(self, evaluate: Any, splits: Any, whole: bool = True) -> None:
         """A row of the log for each split."""
-        for split in tqdm(splits, desc="evaluation", leave=False):
+        for split in tqdm(splits, desc="evaluation", leave=False, disable=None):
             self.write("eval", step=self.t, whole=whole, **evaluate(split))
 
     def finish(self, model: Any, tokenizer: Any) -> None:

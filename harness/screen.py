@@ -2,7 +2,6 @@
 
 import dataclasses
 import statistics
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,59 +10,73 @@ from tqdm import tqdm
 EVERY = 10  # steps that share a line
 COLUMNS = {"mu": "mu", "success": "success", "entropy": "entropy", "sft_loss": "sft_loss", "rl_loss": "rl_loss",
            "grad_norm": "grad", "zero_adv": "zero_adv"}  # key of a step's row: heading
+NOTE = "(rl_loss is near 0 and that is right: where the ratio is 1 the advantages sum to 0; its gradient does not)"
+WORDS = {"val": "validation", "id": "training problems", "heldout": "unseen problems", "ood_rule": "changed rule",
+         "ood_rule_hard": "changed rule, told otherwise", "ood_small": "another rule, small", "ood_visual": "changed look",
+         "ood_length": "longer problems", "fake": "a rule that is not graded", "test": "the test file"}
 
 
 class Screen:
+    """Prints as the rows of a run come."""
+
     def __init__(self, folder: Path, config: Any, n_parameters: int, verbose: bool = False):
-        self.folder, self.config, self.n_parameters = folder, config, n_parameters
+        self.folder, self.config = folder, config
         self.every = 1 if verbose else EVERY
         self.rows = []  # of the steps since the last line
-        self.keys = None  # the columns, once a step was seen
-        self.introduce()
-
-    def introduce(self) -> None:
-        """What this run is, in three lines."""
-        config, fields = self.config, dataclasses.fields(self.config)
+        self.keys = None  # the columns of the last heading
+        self.first = None  # the first step's row, for the time to expect
         usual = ("task", "method", "model", "device", "steps")
-        changed = [f"{f.name} {getattr(config, f.name)}" for f in fields
-                   if getattr(config, f.name) != f.default and f.name not in usual]
-        self.print(f"{config.task}, method {config.method}: {config.model}, {self.n_parameters / 1e6:.2f} million parameters,"
-                   f" on {config.device}; {config.steps} steps into {self.folder}")
+        changed = [f"{field.name} {getattr(config, field.name)}" for field in dataclasses.fields(config)
+                   if getattr(config, field.name) != field.default and field.name not in usual]
+        self.print(f"{config.task} by {config.method}: {config.model} ({n_parameters / 1e6:.2f} million parameters) on "
+                   f"{config.device}, {config.steps} steps, into {folder}")
         if changed:
-            self.print(f"set for this task or by you: {', '.join(changed)}")
+            self.print(f"not the parser's defaults: {', '.join(changed)}")
 
     def print(self, text: str) -> None:
         tqdm.write(text)
 
     def show(self, row: dict) -> None:
         if row["kind"] == "eval":
-            self.print(f"after step {row['step']:5d}: {row['split']:12} {percent(row)}  greedy {100 * row['greedy']:.1f}")
+            self.print(f"after step {row['step']}, {words(row['split'])}: {percent(row)} of samples right, "
+                       f"{100 * row['greedy']:.0f} of greedy responses")
         if row["kind"] == "step":
             self.rows.append(row)
+            self.first = self.first or row
             if row["step"] % self.every == 0 or row["step"] in (1, self.config.steps):
                 self.line()
 
     def line(self) -> None:
         """The means over the steps since the last line."""
-        last = self.rows[-1]
         keys = [key for key in COLUMNS if any(key in row for row in self.rows)]
         if keys != self.keys:
             self.keys = keys
-            self.print(f"{'step':>6}" + "".join(f"{COLUMNS[key]:>10}" for key in keys) + f"{'responses':>11}{'minutes':>9}")
+            headings = "".join(f"{COLUMNS[key]:>10}" for key in keys)
+            self.print(f"{'step':>6}{headings}{'responses':>11}   minutes of about")
             if "rl_loss" in keys:
-                self.print("(rl_loss is near 0 by construction: on a batch's first update the ratio is 1; its gradient is not 0)")
+                self.print(NOTE)
+        last = self.rows[-1]
         means = [statistics.mean(row[key] for row in self.rows if key in row) for key in keys]
         self.print(f"{last['step']:6d}" + "".join(f"{value:10.3f}" for value in means)
-                   + f"{last['rollouts']:11d}{last['seconds'] / 60:9.1f}")
+                   + f"{last['rollouts']:11d}{last['seconds'] / 60:10.1f} {self.expected(last):>8}")
         self.rows = []
+
+    def expected(self, last: dict) -> str:
+        """Minutes until the last step, from the steps that were seen; the evaluation after it comes on top."""
+        steps = last["step"] - self.first["step"]
+        if steps == 0:
+            return ""
+        left = (last["seconds"] - self.first["seconds"]) / steps * (self.config.steps - last["step"])
+        return f"{(last['seconds'] + left) / 60:.1f}"
 
     def samples(self, episodes: list) -> None:
         """A conversation that was solved and one that was not, if there are."""
         for solved in (True, False):
-            episode = next((e for e in episodes if e.success == solved), None)
+            episode = next((episode for episode in episodes if episode.success == solved), None)
             if episode is not None:
-                self.print(f"  a sample: {shorten(episode.prompt)}\n"
-                           f"  response: {shorten(episode.responses[-1])}  -> {episode.history[-1]}")
+                self.print(f"  it was asked     {shorten(episode.prompt)}\n"
+                           f"  and said         {shorten(episode.responses[-1])}\n"
+                           f"  which is graded  {episode.history[-1]}")
 
     def finish(self, rows: list[dict]) -> None:
         """The table, the figure, and a sentence."""
@@ -72,64 +85,80 @@ class Screen:
         after = [row for row in evals if row["step"] == self.config.steps]
         self.print(table({"before": before, "after": after}))
         figure = curves(rows, self.folder / "curves.png")
-        changes = ", ".join(f"{b['split']} {100 * b['success']:.0f} -> {100 * a['success']:.0f}"
+        changes = ", ".join(f"{words(b['split'])} {100 * b['success']:.0f} -> {100 * a['success']:.0f}"
                             for b, a in zip(before, after))
         last = [row for row in rows if row["kind"] == "step"][-1]
-        self.print(f"sampled success, %: {changes}; mu ended at {last['mu']:.2f}; {last['rollouts']} responses, "
-                   f"{last['seconds'] / 60:.1f} minutes of steps; {figure}")
+        self.print(f"Of the samples right, %: {changes}. mu ended at {last['mu']:.2f}; {last['rollouts']} responses in "
+                   f"{last['seconds'] / 60:.1f} minutes, evaluations apart. {figure}")
 
 
-def shorten(text: str, most: int = 160) -> str:
-    line = " ".join(text.split())
+def words(split: str) -> str:
+    return WORDS.get(split, split)
+
+
+def shorten(text: str, most: int = 120) -> str:
+    """The last line, or the text's end."""
+    last = text.rstrip().rpartition("\n")[2]
+    line = " ".join((last if len(last) > 20 else text).split())
     return line if len(line) <= most else "... " + line[-most:]
 
 
 def percent(row: dict) -> str:
-    return f"{100 * row['success']:5.1f} [{100 * row['low']:4.1f}, {100 * row['high']:4.1f}]"
+    return f"{100 * row['success']:.1f}% [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
 
 
 def table(columns: dict[str, list[dict]]) -> str:
     """The text of a table of success in percent; columns: {heading: [eval row of each split]}."""
-    lines = [f"{'success, %':14}" + "".join(f"{name + ': sampled [95%] any greedy':>36}" for name in columns)]
+    lines = [f"{'right, %':30}" + "".join(f"{heading + ': samples [95%]':>26}{'any of 4':>10}{'greedy':>8}"
+                                          for heading in columns)]
     for rows in zip(*columns.values()):
-        cells = [f"{percent(row):>21}{100 * row['any']:7.0f}{100 * row['greedy']:8.0f}" for row in rows]
-        lines.append(f"{rows[0]['split']:14}" + "".join(cells))
+        cells = [f"{percent(row):>26}{100 * row['any']:10.0f}{100 * row['greedy']:8.0f}" for row in rows]
+        split = rows[0]["split"]
+        lines.append(f"{words(split) + f' ({split})' * (split in WORDS):30}" + "".join(cells))
     return "\n".join(lines)
 
 
 def curves(rows: list[dict], path: Path) -> str:
-    """Draw a run from the rows of its log; what became of it, in words."""
+    """Draw a run from the rows of its log; what became of it, in a sentence."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return "no figure: pip install matplotlib"
+        return "No figure: pip install matplotlib"
     steps = [row for row in rows if row["kind"] == "step"]
     evals = [row for row in rows if row["kind"] == "eval"]
-    figure = Figure((15, 4), layout="constrained")
-    success, sharpness, balance = figure.subplots(1, 3)
+    figure = Figure((16, 4.5), layout="constrained")
+    grid = figure.add_gridspec(3, 3)
+    success, sharpness = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[:, 1])
+    mu, moves = figure.add_subplot(grid[:2, 2]), figure.add_subplot(grid[2, 2])
 
-    def curve(axis, key, label, total=False, **style):
+    def curve(axis, key, label, **style):
         points = [(row["step"], row[key]) for row in steps if row.get(key) is not None]
         if points:
-            x, y = zip(*points)
-            axis.plot(x, list(accumulate(y)) if total else y, label=label, **style)
-    curve(success, "success", "the steps' own samples", color="lightgrey")
+            axis.plot(*zip(*points), label=label, **style)
+    curve(success, "success", "the steps' own samples", color="lightgrey", zorder=0)
     for split in dict.fromkeys(row["split"] for row in evals):
-        own = [row for row in evals if row["split"] == split]
-        x, y = [row["step"] for row in own], [row["success"] for row in own]
-        errors = [[row["success"] - row["low"] for row in own], [row["high"] - row["success"] for row in own]]
-        success.errorbar(x, y, errors, fmt="o--", label=split, linewidth=0.8, markersize=4, capsize=2)
+        draw_split(success, [row for row in evals if row["split"] == split])
     curve(sharpness, "entropy", "entropy, nats a token")
+    curve(sharpness, "target_entropy", "its target H*", linestyle=":", color="tab:blue")
     curve(sharpness, "sft_loss", "-log p of a demonstration's token")
-    curve(balance, "mu", "mu", color="black")
-    curve(balance, "meta_force", "sum of the meta-gradient's moves", total=True, linewidth=0.8)
-    curve(balance, "entropy_force", "sum of the entropy's moves", total=True, linewidth=0.8)
-    for axis, title in ((success, "success of sampled responses"), (sharpness, "how undecided, how like the expert"),
-                        (balance, "mu, and what moved it")):
-        axis.set(title=title, xlabel="step")
+    curve(mu, "mu", "mu", color="black")
+    curve(moves, "meta_force", "by the meta-gradient", linewidth=0.8)
+    curve(moves, "entropy_force", "by the entropy", linewidth=0.8)
+    success.set(title="share of samples right; dotted: before training", xlabel="step", ylim=(0, None))
+    sharpness.set(title="how undecided, how far from the expert", xlabel="step", ylim=(0, None))
+    mu.set(title="mu: 0 is RL, 1 is SFT", ylim=(0, 1))
+    moves.set(title="how far a step moved mu", xlabel="step")
+    for axis in (success, sharpness, moves):
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    success.set_ylim(bottom=0)
-    sharpness.set_ylim(bottom=0)
+            axis.legend(fontsize=7)
     figure.savefig(path, dpi=120)
-    return f"figure: {path}"
+    return f"Figure: {path}"
+
+
+def draw_split(axis: Any, rows: list[dict]) -> None:
+    """The evaluations of a split with their intervals, and a dotted line from the first one."""
+    x = [row["step"] for row in rows]
+    y = [row["success"] for row in rows]
+    errors = [[row["success"] - row["low"] for row in rows], [row["high"] - row["success"] for row in rows]]
+    line = axis.errorbar(x, y, errors, fmt="o-", label=words(rows[0]["split"]), linewidth=0.9, markersize=4, capsize=2)
+    axis.plot([x[0], x[-1]], [y[0], y[0]], ":", linewidth=0.7, color=line[0].get_color())

@@ -1,14 +1,18 @@
-"""What a large policy needs: the same numbers in parts, since all that stands between takes memory, too.
+"""What a large policy needs: the same numbers in parts, since all between them takes memory, too.
 
-Called by harness/memory.py where a tensor is large; imports nothing of amft."""
+Called by harness/memory.py where a tensor is large; imports nothing of amft.
+"""
+
+from typing import Any, Callable
 
 import torch
 
 
 class InParts(torch.autograd.Function):
-    """function(logits (B, T, V), ids (B, T)) -> (B, T), without what it keeps. V is large: log_softmax keeps a copy of
-    (B, T, V), and its gradient makes two more. Here the logits stay as they are and their gradient is the only copy: both
-    go a few rows at a time."""
+    """function(logits (B, T, V), ids (B, T)) -> (B, T), without what it keeps.
+
+    V is large: log_softmax keeps a copy of (B, T, V), and its gradient makes two more. Here the
+    logits stay as they are and their gradient is the only copy: both go a few rows at a time."""
     at_once = 2 ** 24  # logits
 
     @staticmethod
@@ -33,8 +37,8 @@ class InParts(torch.autograd.Function):
         return None, slope, None
 
 
-def in_slices(step, *vectors, size=2 ** 22):
-    """What step makes of vectors (N,) entry by entry, three vectors (N,): all between is of a slice's size."""
+def in_slices(step: Callable, *vectors: torch.Tensor, size: int = 2 ** 22) -> Any:
+    """What step makes of vectors (N,), entry by entry, three vectors (N,), in slices of a size."""
     made = [torch.empty_like(vectors[0]) for _ in range(3)]
     for start in range(0, len(vectors[0]), size):
         # Cloned: in forward mode the tangent of a view takes as much memory as the whole.

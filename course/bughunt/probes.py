@@ -59,9 +59,9 @@ def world():
     g = generator()
     which, said = torch.randint(4, (24,), generator=g), torch.randint(25, (24,), generator=g)
     batch = made.batch(which, said)
-    mask = (torch.rand(batch.mask.shape, generator=g) < 0.7).double()
+    mask = (torch.rand(batch.response_mask.shape, generator=g) < 0.7).double()
     mask[:, 0] = 1.0
-    batch = batch._replace(mask=mask, attention=batch.attention.clone())
+    batch = batch._replace(response_mask=mask)
     success = (torch.rand(6, 4, generator=g) < 0.4).double()
     success[0], success[1] = 0.0, 1.0
     graded = torch.randn(24, 2, generator=g) * mask
@@ -71,7 +71,7 @@ def world():
 def base(amft, tasks):
     torch.set_default_dtype(torch.float32)
     if "base" not in LOADED:
-        LOADED["base"] = tasks.load_policy(amft.Config(device="cpu"), tasks.GeneralPoints())
+        LOADED["base"] = amft.load_policy(amft.Config(device="cpu"), tasks.GeneralPoints(), amft)
     return LOADED["base"]
 
 
@@ -86,12 +86,22 @@ def steps(config_of, amft):
     return out
 
 
-def outputs(amft, tasks):
-    model, tokenizer = base(amft, tasks)
+def some_tokens(amft, tokenizer):
     ids = torch.randint(20, len(tokenizer), (3, 12), generator=torch.Generator().manual_seed(1))
-    batch = amft.Batch(ids, torch.ones_like(ids), torch.ones(3, 5), [torch.empty(0)] * 3)
+    return amft.Batch(ids, torch.ones_like(ids), torch.ones(3, 5), [[]] * 3)
+
+
+def response_outputs(amft, tasks):
+    model, tokenizer = base(amft, tasks)
     with torch.no_grad():
-        return [amft.outputs(model, batch, temperature, True) for temperature in (1.0, 0.5, 1.7, 4.0)]
+        return [amft.response_outputs(model, some_tokens(amft, tokenizer), hidden=True)]
+
+
+def logps_of(amft, tasks):
+    model, tokenizer = base(amft, tasks)
+    with torch.no_grad():
+        return [amft.logps_of(model, some_tokens(amft, tokenizer), temperature)
+                for temperature in (1.0, 0.5, 1.7, 4.0)]
 
 
 def deals(tasks, n=6):
@@ -111,33 +121,33 @@ def rollout(amft, tasks):
     for short, temperature in ((40, 1.0), (28, 1.4)):
         torch.manual_seed(1)
         seen = amft.rollout(model, tokenizer, deals(tasks), 4, short, temperature)
-        out += [seen.batch.ids, seen.batch.mask, seen.success, seen.graded, seen.entropy, seen.truncated,
-                [e.responses for e in seen.episodes], [e.history for e in seen.episodes]]
+        out += [seen.batch.input_ids, seen.batch.response_mask, seen.success, seen.rewards, seen.entropy,
+                seen.truncated, [e.responses for e in seen.episodes], [e.history for e in seen.episodes]]
     rng = random.Random(1)  # several turns, of different number
     torch.manual_seed(2)
     episodes = [tasks.TASKS["gp-turns"]().sample("train", rng) for _ in range(4)]
     seen = amft.rollout(model, tokenizer, episodes, 2, 40)
-    out += [seen.batch.ids, seen.batch.mask, seen.success, seen.graded, seen.entropy, seen.truncated]
+    out += [seen.batch.input_ids, seen.batch.response_mask, seen.success, seen.rewards, seen.entropy, seen.truncated]
     for k in (0, 1):  # more right answers than the policy has
         class Even(tasks.Deal):
             def grade(self, response):
                 return "correct" if sum(map(ord, response)) % 2 == k else "wrong_result"
         torch.manual_seed(3)
         seen = amft.rollout(model, tokenizer, [Even(**vars(deal)) for deal in deals(tasks)], 4, 40)
-        out += [seen.success, seen.graded]
+        out += [seen.success, seen.rewards]
     return out
 
 
 def ppo_loss(amft, tasks):
     mask, (logps, old, advantages) = holes(generator())
     out = []
-    for tokens in (None, 17):
+    for n_tokens in (None, 17):
         for factor in (1.0, 0.3):
             x = (factor * logps).requires_grad_()
-            loss = amft.ppo_loss(x, factor * old, advantages, mask, 0.2, tokens)
+            loss = amft.ppo_loss(x, factor * old, advantages, mask, 0.2, n_tokens)
             out += [loss, torch.autograd.grad(loss, x)[0]]
         x = (0.1 * logps).requires_grad_()
-        loss = amft.ppo_loss(x, x.detach(), advantages, mask, 0.2, tokens)
+        loss = amft.ppo_loss(x, x.detach(), advantages, mask, 0.2, n_tokens)
         out += [loss, torch.autograd.grad(loss, x)[0]]
     return out
 
@@ -176,7 +186,7 @@ def advantages_of(amft, tasks):
 
 def loss_gradient(amft, tasks):
     made, batch, _, _, g = world()
-    used = batch.mask * torch.randn(batch.mask.shape, generator=g)
+    used = batch.response_mask * torch.randn(batch.response_mask.shape, generator=g)
     used[3] = 0.0
     return [amft.loss_gradient(made.model, batch, used, lambda logps, rows: (logps * used[rows]).sum(),
                                amft.Config(device="cpu", micro_tokens=n)) for n in (4096, 25)]
@@ -184,16 +194,24 @@ def loss_gradient(amft, tasks):
 
 def rl_gradient(amft, tasks):
     made, batch, _, _, g = world()
-    values = torch.randn(batch.mask.shape, generator=g) * batch.mask
+    mask = batch.response_mask
+    values = torch.randn(mask.shape, generator=g) * mask
     values[2] = 0.0
-    old = -torch.rand(batch.mask.shape, generator=g)
-    return [amft.rl_gradient(made.model, batch, amft.Advantages(values, 0.5), amft.Config(device="cpu", micro_tokens=n), x)
+    old = -torch.rand(mask.shape, generator=g)
+    advantages = amft.Advantages(values, 0.5)
+    return [amft.rl_gradient(made.model, batch, advantages, amft.Config(device="cpu", micro_tokens=n), x)
             for n in (4096, 25) for x in (None, old)]
 
 
 def sft_gradient(amft, tasks):
+    def alike(logps, rows):
+        return torch.ones_like(logps)
+
+    def rectified(logps, rows):
+        return logps.exp()
     made, batch, *_ = world()
-    return [amft.sft_gradient(made.model, batch, amft.Config(device="cpu", micro_tokens=n)) for n in (4096, 25)]
+    return [amft.sft_gradient(made.model, batch, amft.Config(device="cpu", micro_tokens=n), weights)
+            for n in (4096, 25) for weights in (alike, rectified)]
 
 
 def adamw_step(amft, tasks):
@@ -270,14 +288,9 @@ def encode_demos(amft, tasks):
     rng, out = random.Random(1), []
     for name in ("gp", "gp-turns"):
         episodes = [tasks.TASKS[name]().sample("train", rng) for _ in range(6)]
-        batch = tasks.encode_demos(model, tokenizer, episodes)
-        out += [batch.ids, batch.attention, batch.mask]
+        batch = amft.encode_demos(model, tokenizer, episodes)
+        out += [batch.input_ids, batch.attention_mask, batch.response_mask]
     return out
-
-
-def generation(amft, tasks):
-    model, tokenizer = base(amft, tasks)
-    return [sorted((k, str(v)) for k, v in tasks.generation(model, tokenizer, 9, t).to_dict().items()) for t in (0, 0.7)]
 
 
 def dealt(amft, tasks):
@@ -293,7 +306,7 @@ def interval(amft, tasks):
 def run(amft, tasks):
     """The log of short runs of the whole algorithm, evaluations left out."""
     out = []
-    amft.evaluate = lambda _, __, task, split, *___: dict(
+    amft.evaluate = lambda model, tokenizer, task, config, split: dict(
         split=split, n=1, success=0.0, low=0.0, high=1.0, any=0.0, greedy=0.0, outcomes={})
     tasks.GeneralPoints.defaults = {}
     grade = tasks.Deal.grade
@@ -319,7 +332,7 @@ def log(amft, flags):
 def of(rule):
     """The probe of a rule: the one that it names, or its function's."""
     name = rule.probe or rule.where.split(":")[1].split(".")[-1]
-    name = {"chain": "parse", "adamw": "adamw_step", "__call__": "rollout", "say": "rollout", "log_step": "run"}.get(name, name)
+    name = {"chain": "parse", "adamw": "adamw_step"}.get(name, name)
     return globals()[name]
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Run once by Gradescope, when the autograder's image is built. The zip holds amft.py, tasks.py, requirements.txt and course/,
-# and setup.sh and run_autograder at its top. CPU wheels: no GPU is used, and the image stays small.
+# Run once by Gradescope, when the autograder's image is built. The zip holds amft.py, tasks.py, what they import of harness/
+# and recipes/, requirements.txt and course/, and setup.sh and run_autograder at its top. CPU wheels: no GPU is used, and the
+# image stays small.
 set -euo pipefail
 cd /autograder/source
 apt-get update -qq
