@@ -44,7 +44,7 @@ from tasks import IMAGE, TASKS, Task
 # --- Configuration: the flags ---
 @dataclasses.dataclass
 class Config(RunConfig):
-    """The algorithm's, flag(default, help, low, high); RunConfig has steps, task, model, eval_n ..."""
+    """flag(default, help, low, high). RunConfig has the run's: steps, task, model, seed, eval_n."""
     # The mixture
     method: str = flag("amft", "what chooses mu")
     mu: float = flag(0.5, "mu of fixed, and where amft starts", 0, 1)
@@ -375,7 +375,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
     # Below lam = 1 phi's error biases the RL gradient, and the step's own meta-gradient with it.
     advantages = torch.zeros_like(values)
     # The value after the last token is 0: a conversation is an episode, also when it was cut off.
-    advantage = torch.zeros_like(values[:, 0])  # (B,)
+    advantage = torch.zeros_like(values[:, 0])
     next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         on_token = mask[:, t] > 0  # what the task says is stepped over
@@ -667,8 +667,8 @@ class Controller(Method):
         estimates = []
         d_theta = self.sensitivity[0]
         if config.utility in ("train", "both"):  # the step's own prompts: a dot product
-            batch, scale = step.rollouts.batch, step.advantages.scale
-            slope, error = own_meta_gradient(step.g_rl, d_theta, batch, scale)
+            slope, error = own_meta_gradient(
+                step.g_rl, d_theta, step.rollouts.batch, step.advantages.scale)
             step.metrics["meta_own"] = slope
             estimates.append((slope, error))
         if config.utility in ("val", "both") and (step.t - config.warmup) % config.meta_every == 0:
@@ -718,8 +718,7 @@ def train(config: Config, method: Method, task: Task, model: Model, tokenizer: T
         run.evaluate(look, task.splits)
         run.save(theta, adam, modules)
     for t in run.steps(config.steps):  # Ctrl-C waits for a step's end
-        # Each step has its own seed: a resumed run repeats the unbroken one.
-        rng = random.Random(f"step {config.seed} {t}")
+        rng = random.Random(f"step {config.seed} {t}")  # a resumed run repeats the unbroken one
         torch.manual_seed(rng.getrandbits(62))
         step = Step(t, lr=config.lr * (1 - (t - 1) / config.steps), rng=rng)
         # Exploration: P prompts, G responses to each, their explicit reward, their advantages.
@@ -767,7 +766,7 @@ def train(config: Config, method: Method, task: Task, model: Model, tokenizer: T
 @torch.no_grad()
 def evaluate(model: Model, tokenizer: Tokenizer, task: Task, config: Config, split: str,
              samples: int = 4, at_once: int = 64) -> dict:
-    """A row of the log, see Task.measures. All runs have the same episodes, and one seed's noise."""
+    """A row of the log, see Task.measures; always the same episodes, and noise of one seed."""
     torch.manual_seed(0)
     episodes = task.episodes(split, config.eval_n)
     sampled, greedy = [], []

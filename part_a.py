@@ -27,7 +27,7 @@ def test_losses_against_slow_loops():
     """A wrong sign, mask, divisor or side of the clip, in a loss or in its gradient."""
     mask, (logps, old, advantages) = random_tokens()
     logps.requires_grad_()
-    nll = 0.0
+    likelihood = 0.0
     surrogate = 0.0
     count = 0
     for b, t in mask.nonzero().tolist():
@@ -39,10 +39,10 @@ def test_losses_against_slow_loops():
         if ratio > 1.2:
             clipped = 1.2
         advantage = advantages[b, t]
-        nll = nll - logps[b, t]
+        likelihood = likelihood + logps[b, t]
         surrogate = surrogate - min(ratio * advantage, clipped * advantage)
-    same_with_gradient(amft.sft_loss(logps, mask), nll / count, logps)
-    same_with_gradient(amft.sft_loss(logps, mask, n_tokens=100), nll / 100, logps)
+    same_with_gradient(amft.sft_loss(logps, mask), -likelihood / count, logps)
+    same_with_gradient(amft.sft_loss(logps, mask, n_tokens=100), -likelihood / 100, logps)
     ppo = partial(amft.ppo_loss, logps, old, advantages, mask, 0.2)
     same_with_gradient(ppo(), surrogate / count, logps)
     same_with_gradient(ppo(n_tokens=100), surrogate / 100, logps)
@@ -89,10 +89,9 @@ def test_group_advantages_by_hand():
     assert (flat == 0).all() and scale > 0
 
 
-def advantages_to_go(model, batch, paid, value):
-    """(returns to go less a constant value, and less their mean; phi after Adam's step on them)."""
-    mask = batch.response_mask
-    togo = paid.flip(1).cumsum(1).flip(1) * mask  # the returns, with lambda and gamma 1
+def advantages_to_go(mask, paid, value):
+    """(returns with lambda and gamma 1; advantages over a constant value, less their mean)."""
+    togo = paid.flip(1).cumsum(1).flip(1) * mask
     expected = (togo - value) * mask
     mean = expected.sum() / mask.sum()
     return togo, (expected - mean) * mask
@@ -109,8 +108,8 @@ def constant_phi(model, value):
 @pytest.mark.parametrize("reward", ["graded", "binary"])
 @pytest.mark.parametrize("advantage", ["group", "gae"])
 def test_graded_rewards_are_the_tasks_points(advantage, reward):
-    """--reward graded pays a response's points where it ends, binary 1 where a conversation ends
-    that succeeded; phi learns the returns from the policy's last states, beside theta."""
+    """Points paid elsewhere than they were made; a phi that learns anything but the returns."""
+    # graded pays a response's points where it ends, binary 1 at the end of what succeeded.
     model = toy_model()
     lengths = torch.tensor([2, 1] * 4)
     mask = mask_of(lengths)
@@ -133,7 +132,7 @@ def test_graded_rewards_are_the_tasks_points(advantage, reward):
     learner = copy.deepcopy(phi.layers)
     optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
     actual = amft.advantages_of(model, phi, rollouts, config)
-    togo, expected = advantages_to_go(model, batch, paid, 0.25)
+    togo, expected = advantages_to_go(mask, paid, 0.25)
     torch.testing.assert_close(actual.values * actual.scale, expected)
     own = actual.values[mask.bool()]
     assert own.std(correction=0).item() == pytest.approx(1.0, rel=1e-3)
@@ -148,8 +147,7 @@ def test_graded_rewards_are_the_tasks_points(advantage, reward):
 
 @pytest.mark.parametrize("columns", [5, 12])
 def test_phi_reads_what_the_policys_head_reads(columns):
-    """Another layer's states, or those of the column that holds the token instead of the one that
-    predicts it; in one pass and in several."""
+    """Another layer's states, or another column's than the one that predicts the token."""
     model = toy_model()
     batch = toy_batch([0, 1, 2], 2)
     logits, states = amft.response_outputs(model, batch, hidden=True)
@@ -175,8 +173,8 @@ def test_phi_reads_what_the_policys_head_reads(columns):
 @pytest.mark.parametrize("advantage", ["group", "gae"])
 @pytest.mark.parametrize("total", [0.0, 1.0])
 def test_equal_rewards_move_nothing(advantage, reward, total):
-    """Advantages made of phi's error alone, blown up to a spread of 1: theta and mu would move on
-    nothing. Responses of different length, points in different places, one total."""
+    """Phi's error alone, blown up to a spread of 1: theta and mu would move on nothing."""
+    # Responses of different length, points in different places, one total.
     model, phi = toy_model(), None
     points = torch.zeros(8, T)
     points[:, 0] = total
@@ -206,10 +204,6 @@ def test_equal_rewards_move_nothing(advantage, reward, total):
     rollouts.rewards[0, 0] = 1 - total
     advantages = amft.advantages_of(model, phi, rollouts, config)
     assert amft.rl_gradient(model, batch, advantages, config)[0].norm() > 0
-
-
-def flat_weights(model):
-    return parameters_to_vector(model.parameters()).detach().clone()
 
 
 def test_an_update_with_old_samples_is_the_clipped_one():
@@ -259,8 +253,9 @@ def test_the_loss_of_a_demonstration(imitation):
 
 
 def test_sft_is_policy_gradient_with_the_implicit_reward():
-    """By enumeration: grad L_SFT = -E_{y~pi}[1[y = y*] / pi(y|x) grad log pi(y|x)], exact-match RL
-    is the same without the 1/pi, and mu L_SFT = mu KL(pi_demo || pi) + mu H(pi_demo)."""
+    """A loss that is not what section 3.2 makes of it, by enumeration."""
+    # grad L_SFT = -E_{y~pi}[1[y = y*] / pi(y|x) grad log pi(y|x)], exact-match RL is the same
+    # without the 1/pi, and mu L_SFT = mu KL(pi_demo || pi) + mu H(pi_demo).
     model, prompt, best = toy_model(), PROMPTS[0], 7
     batch = sequences(prompt).rows(torch.tensor([best]))
     loss = amft.sft_loss(amft.logps_of(model, batch), batch.response_mask, n_tokens=1)
@@ -292,12 +287,6 @@ def test_sft_is_policy_gradient_with_the_implicit_reward():
     torch.testing.assert_close((demo * losses).sum(), kl + entropy, rtol=1e-5, atol=1e-6)
 
 
-def mean_logp(model, batch):
-    """Of a batch's own tokens, row by row."""
-    rows = [slow_logps(model, batch, row) for row in range(len(batch.input_ids))]
-    return torch.cat(rows).mean()
-
-
 def counted_rows(model):
     """(how many sequences each forward pass from now on has; a handle whose remove() ends it)."""
     seen = []
@@ -308,7 +297,7 @@ def counted_rows(model):
 
 
 def test_gradients_do_not_depend_on_micro_batches_and_silent_groups_add_nothing(base, tokenizer):
-    """A divisor of each micro-batch's own, rows lost or counted twice, passes for rows of weight 0."""
+    """A divisor of each micro-batch's own, rows lost or counted twice, passes for silent rows."""
     model, rng, task = base[0], random.Random(SEED), tasks.GeneralPoints()
     episodes = [task.sample("train", rng) for _ in range(6)]
     config = configured(samples=4, advantage="group")
@@ -454,8 +443,7 @@ def test_sensitivity_with_a_trace_is_the_derivative_in_a_mu_that_was_larger_all_
 
 
 def test_adams_first_step_hides_mu():
-    """On fresh moments the step is sign(g): d theta'/d mu is about 0, however large g_SFT - g_RL.
-    Later it is not."""
+    """A derivative that takes Adam for SGD: on fresh moments the step is sign(g), whatever mu."""
     theta, mixed, apart = torch.randn(3, 50, dtype=torch.float64)
     mixed += 0.1 * mixed.sign()  # where it is as small as eps the sign has a slope
     g_rl = mixed - apart / 2
@@ -492,8 +480,8 @@ def toy_tangent(steps_before=10):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_meta_gradient_is_exactly_unbiased(temperature):
-    """Every pair of responses at its probability, G = 2: the expectation is <grad U, tangent> by
-    enumeration, where U is the success of sampling at the temperature."""
+    """A bias of Eq. 5: its mean over every pair of responses is <grad U, tangent>, enumerated."""
+    # U is the success of sampling at the temperature; each pair counts at its probability, G = 2.
     model, reward, tangent = toy_tangent()
     size = tangent.norm().item()
     config = configured(temperature=temperature)
@@ -524,9 +512,8 @@ def test_meta_gradient_is_exactly_unbiased(temperature):
 
 @pytest.mark.parametrize("rows", [100, 3, 1])
 def test_meta_gradient_against_a_slow_loop(rows):
-    """Prompts of different difficulty, one without a signal, conversations of different length, so
-    many rows a pass: each sample's reward less the mean of its prompt's others, times its score;
-    the standard error is over prompts."""
+    """A wrong baseline, scale, mask or row of a micro-batch; an error that is not over prompts."""
+    # Prompts of different difficulty, two without a signal, conversations of different length.
     model, P, G, tau = toy_model(), 5, 4, 0.7
     lengths = torch.randint(1, 3, (P * G,))
     batch = toy_batch([0, 1, 2, 0, 1], G, mask_of(lengths))
@@ -548,12 +535,6 @@ def test_meta_gradient_against_a_slow_loop(rows):
     assert error == pytest.approx(np.std(slopes, ddof=1) / math.sqrt(P), rel=1e-4)
     assert slopes[2] == 0
     assert slopes[4] == 0
-
-
-def slow_totals(model, batch, temperature=1.0):
-    """log pi(y|x) of each row, (B,)."""
-    rows = range(len(batch.input_ids))
-    return torch.stack([slow_logps(model, batch, row, temperature).sum() for row in rows])
 
 
 def test_meta_gradient_with_advantages_of_ones_own():
@@ -595,8 +576,8 @@ def test_the_standard_error_of_the_meta_gradient_covers():
 
 @pytest.mark.parametrize("advantage", ["group", "gae"])
 def test_own_meta_gradient_is_the_slope_of_the_samples_utility(advantage):
-    """Central differences, conversation by conversation: d/dh of the mean of (r - baseline) log pi
-    at theta + h tangent. Conversations of different length, a prompt without signal."""
+    """A wrong sign or unit: d/dh of the mean of (r - baseline) log pi at theta + h tangent."""
+    # Conversations of different length, a prompt without signal.
     model, P, G, tau = toy_model(), 4, 6, 0.8
     mask = mask_of(torch.randint(1, 3, (P * G,)))
     batch = toy_batch([0, 1, 2, 0], G, mask)
@@ -625,10 +606,10 @@ def test_own_meta_gradient_is_the_slope_of_the_samples_utility(advantage):
 
 
 def test_own_meta_gradient_is_unbiased_whatever_the_value_function_says():
-    """Sampled on the toy world with a value function that knows nothing: the mean is
-    <grad U, tangent> by enumeration; also where nearly all responses succeed and U is nearly flat.
-    With lambda = 0 the RL gradient has a direction of its own there, and praises a policy that went
-    that way, the tangent: the test would see a bias."""
+    """A bias that praises what the RL gradient does anyway: phi knows nothing here."""
+    # Sampled, against <grad U, tangent> by enumeration; also where nearly all responses succeed.
+    # With lambda = 0 the RL gradient has a direction of its own there, and the tangent is that of a
+    # policy that went that way: the test would see a bias.
     model, reward, _, _, _ = toy(0)
     phi = roughened(amft.value_function(model))
     phi.learn = lambda *_: None
@@ -678,8 +659,7 @@ def test_own_meta_gradient_is_unbiased_whatever_the_value_function_says():
 
 
 def test_published_settings_leave_mu_to_the_entropy_term(base, tokenizer):
-    """Policy learning rate 1e-6, eta_mu 1e-4, a meta-gradient every 20 of 500 steps: mu moves by
-    less than 1e-6."""
+    """At learning rate 1e-6 and eta_mu 1e-4, 25 meta-gradients move mu by less than 1e-6."""
     config = configured(
         controller="paper", eta_mu=1e-4, eta_h=0.0, lr=1e-6, utility="val", trace=0.0,
         advantage="group", samples=8, prompts=16)
@@ -714,9 +694,9 @@ def test_published_settings_leave_mu_to_the_entropy_term(base, tokenizer):
 
 
 def test_reference_codes_formula_has_the_wrong_sign():
-    """The public code adds -alpha <grad CE_val, g_SFT - g_RL> to mu
-    (adaptive_weight_controller.py:41, :80): under its own SGD step that is d CE_val/d mu, so mu
-    climbs the validation loss. Utility is -CE_val; by finite differences."""
+    """The public code's formula climbs the validation loss, by finite differences."""
+    # It adds -alpha <grad CE_val, g_SFT - g_RL> to mu (adaptive_weight_controller.py:41, :80):
+    # under its own SGD step that is d CE_val/d mu. Utility is -CE_val.
     model, _, g_rl, g_sft, _ = toy(3)
     labels = torch.randint(len(ALL), (3,))
     theta, alpha = amft.flatten(model), 0.05
@@ -833,8 +813,8 @@ def left_padded(batch, columns):
 
 
 def test_log_probabilities_do_not_depend_on_the_company(base, tokenizer):
-    """Alone and unpadded, by a plain forward pass, against a left- and right-padded batch; and the
-    end of a demonstration has loss."""
+    """Padding that is read, a column too far, or an end without loss."""
+    # Alone and unpadded, by a plain forward pass, against a left- and right-padded batch.
     model, rng, task = base[0], random.Random(SEED), tasks.GeneralPoints()
     splits = ("train", "heldout", "ood_rule", "ood_small")
     episodes = [task.sample(split, rng) for split in splits]
@@ -861,8 +841,7 @@ def test_left_padding_keeps_absolute_positions():
 
 
 def test_padding_of_what_is_shown_is_not_read(base, tokenizer):
-    """Observations of different length: where a shorter one is padded nobody attends, and where
-    nothing is shown there is one end."""
+    """An observation's padding that is attended to; where nothing is shown there is one end."""
     model = base[0]
     texts = ["Cards: 3, 4", "", "Cards: 10, J, Q, K. Make 24. Again:"]
     episodes = [tasks.GeneralPoints().sample("train", random.Random(SEED))] * 3
@@ -907,8 +886,8 @@ def a_reply(model, input_ids, attention_mask, max_new_tokens, temperature, done=
 @pytest.mark.parametrize("padding", ["<pad>", "<eos>"])
 @pytest.mark.parametrize("temperature", [0, 0.6, 1.0, 1.5])
 def test_replies_are_those_of_generate(temperature, padding, base, tokenizer):
-    """Prompts of different length: the ids, greedy or at the same seed, that transformers' own loop
-    says, its padding included, and the same end of it all."""
+    """Other ids than transformers' own loop says, greedy or at the same seed, with its padding."""
+    # Prompts of different length.
     model, rng = copy.deepcopy(base[0]), random.Random(SEED)
     model.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids(padding)
     episodes = []
@@ -931,13 +910,17 @@ def test_replies_are_those_of_generate(temperature, padding, base, tokenizer):
 
 @torch.no_grad()
 def test_every_turn_is_that_of_generate(base, tokenizer):
-    """Greedy conversations of several turns, side by side: each response is what transformers' own
-    loop says to that conversation so far, alone, with no cache from before, no padding, no holes."""
+    """A cache, padding or holes that change what the policy says in a later turn."""
+    # Greedy conversations of several turns, side by side: each response is what transformers' own
+    # loop says to that conversation so far, alone.
     model, rng, task = base[0], random.Random(SEED), tasks.GeneralPointsTurns()
     episodes = [task.sample("ood_rule", rng) for _ in range(6)]
+    for i, episode in enumerate(episodes):
+        episode.attempts = 1 + i % 3  # so that some are over before others
     rollouts = amft.rollout(model, tokenizer, episodes, 1, 40, temperature=0)
     batch = rollouts.batch
     turns = [len(episode.responses) for episode in rollouts.episodes]
+    assert min(turns) == 1
     assert max(turns) > 1
     ended = 0
     for row, played in enumerate(rollouts.episodes):
@@ -977,8 +960,8 @@ class Scripted:
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_reply_ends_when_all_are_done(temperature):
-    """Several ends, one of which is padding too; a conversation that was over before says nothing;
-    no pass more than the longest reply needs, and each at its own position."""
+    """An end that is missed, a pass too many, a conversation that was over and speaks on."""
+    # Several ends, one of which is padding too.
     model = Scripted("18222", "92222", "11182", "11111", stop=[8, 9], pad=9)
     ids = digits("777", "777", "777", "777")
     attention_mask = digits("111", "011", "001", "111")
@@ -1000,7 +983,7 @@ def test_a_reply_ends_when_all_are_done(temperature):
 
 
 def test_a_reply_without_an_end_is_truncated():
-    """Padding that the policy says itself is a token like others; room that is used up is no end."""
+    """Padding that the policy says itself is a token like others; room used up is no end."""
     ids = digits("77", "77", "77")
     nobody = torch.zeros(3, dtype=torch.bool)
     for room, truncated in ((3, "011"), (4, "010")):
@@ -1012,8 +995,7 @@ def test_a_reply_without_an_end_is_truncated():
 
 
 def test_points_stand_on_a_responses_last_token(base, tokenizer):
-    """Points on another token, ends in the text that is graded, a conversation that is over asked
-    again, or `done` of the turn before changed in place."""
+    """Points on another token, graded ends, or a conversation that is over asked again."""
     model, end = base[0], tokenizer.eos_token_id
 
     class Echo(tasks.Episode):
@@ -1088,8 +1070,7 @@ def test_rollout_samples_the_policy(base, tokenizer):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_sampling_frequencies_and_truncation(temperature, tiny, tokenizer):
-    """First tokens of 4,000 samples against softmax(logits / temperature): top-k or top-p left on,
-    or another temperature, would show."""
+    """Top-k or top-p left on, or another temperature, in first tokens of 4,000 samples."""
     model = LlamaForCausalLM.from_pretrained(tiny).eval()
     episode = tasks.GeneralPoints().sample("train", random.Random(SEED))
     rollouts = amft.rollout(model, tokenizer, [episode], 4000, 1, temperature)
@@ -1128,9 +1109,9 @@ def load(folder):
 
 
 def test_mu_follows_the_logged_meta_gradients(tiny, tmp_path, unevaluated, rewarded):
-    """Every force and every mu again from the log, in a slow loop: a step's own gradients move its
-    own mu, along the d theta/d mu that the steps before it left; so do validation prompts, every
-    other step, and their samples of the policy as it was."""
+    """A force of other gradients, of another d theta/d mu, or of another policy's samples."""
+    # Every force and every mu again from the log, in a slow loop: a step's own gradients move its
+    # own mu, along the d theta/d mu that the steps before it left; so do validation prompts.
     methods, updates = watched("amft")
     rows = tiny_run(tiny, tmp_path / "run", "--steps", "12", "--trace", "0.5", "--eta-h", "0.1",
                     methods=methods)
@@ -1178,14 +1159,16 @@ def test_utility_says_whose_success_moves_mu(utility, seen, tiny, tmp_path, unev
 
 def test_the_step_and_its_derivative_hang_together_in_training(
         tiny, tmp_path, unevaluated, rewarded):
-    """theta is where torch's own optimiser goes on (1 - mu) g_RL + mu g_SFT, at a learning rate that
-    falls linearly to 0; each d theta/d mu is that of this very step, and is handed the one before at
-    the share trace."""
+    """A step, or its derivative, at another learning rate, mu or state than the loop's."""
+    # theta is where torch's own optimiser goes on (1 - mu) g_RL + mu g_SFT, at a learning rate that
+    # falls linearly to 0; each d theta/d mu is that of this very step, and is handed the one before
+    # at the share trace.
     methods, updates = watched("amft")
     flags = ["--lr", "1e-3", "--trace", "0.7"]
     rows = tiny_run(tiny, tmp_path / "run", *flags, methods=methods)
     assert len(updates) == 9
-    assert [update.lr for update in updates] == pytest.approx([1e-3 * (1 - i / 9) for i in range(9)])
+    rates = [1e-3 * (1 - i / 9) for i in range(9)]
+    assert [update.lr for update in updates] == pytest.approx(rates)
     assert [update.mu for update in updates] == [row["mu"] for row in steps_of(rows)]
     thetas = [update.theta for update in updates] + [flat_weights(load(tmp_path / "run" / "final"))]
     torch.testing.assert_close(thetas[0], flat_weights(load(tiny)), rtol=0, atol=0)
@@ -1210,13 +1193,14 @@ def test_the_step_and_its_derivative_hang_together_in_training(
         last = expected
     assert len({update.mu for update in updates[3:]}) == 6
     other = tiny_run(tiny, tmp_path / "other", "--lr", "1e-3", "--trace", "0")
-    assert [r.get("meta_own") for r in steps_of(other)] != [r.get("meta_own") for r in steps_of(rows)]
+    with_trace, without = ([row.get("meta_own") for row in steps_of(x)] for x in (rows, other))
+    assert with_trace != without
 
 
 def test_sensitivity_fades_once_a_step_however_many_updates_it_has(
         tiny, tmp_path, unevaluated, rewarded):
-    """All updates of a step belong to its one mu: --trace 0 keeps them all and forgets the step
-    before. And the old log-probabilities are those of the policy that sampled, at every update."""
+    """A trace that fades at every update, or a ratio to a policy that did not sample."""
+    # All updates of a step belong to its one mu: --trace 0 keeps them all, forgets the step before.
     methods, updates = watched("amft")
     flags = ["--ppo-epochs", "3", "--trace", "0", "--lr", "1e-2", "--utility", "train"]
     tiny_run(tiny, tmp_path / "run", *flags, methods=methods)
@@ -1318,8 +1302,7 @@ def test_a_step_of_every_method_is_the_gradient_of_its_loss(
 @pytest.mark.parametrize("method", METHODS)
 def test_the_budget_and_batches_without_signal(
         method, advantage, tiny, tmp_path, monkeypatch, unevaluated):
-    """Every method with both baselines; responses are counted, the look-ahead's too; nothing is NaN
-    where no prompt, or every prompt, is solved, and RL then moves nothing."""
+    """Responses not counted, NaN or a move where no prompt, or every prompt, is solved."""
     warmup = {"sft": 6, "rl": 0}.get(method, 1)
     looks = 2 if method == "amft" else 0  # at steps 3 and 5
     settings = dict(prompts=5, sft_batch=10, advantage=advantage, warmup=1, meta_every=2)
@@ -1349,5 +1332,6 @@ def test_the_budget_and_batches_without_signal(
 def test_every_method_with_the_defaults_that_a_user_types(method, tmp_path):
     """A default that one method cannot do with."""
     out = tmp_path / "run"
-    amft.main(["--method", method, "--smoke", "--device", "cpu", "--eval-n", "8", "--out", str(out)])
+    flags = ["--smoke", "--device", "cpu", "--eval-n", "8"]
+    amft.main(["--method", method, "--out", str(out), *flags])
     assert read(out)[-1]["kind"] == "final"

@@ -1,7 +1,5 @@
 from part_header import *  # noqa: F401,F403
 
-from types import SimpleNamespace
-
 from tokenizers import processors
 
 # --- Conversations of the policy with a task ---
@@ -32,21 +30,13 @@ def ends_of_responses(batch):
     return mask & ~following
 
 
-def alone(model, batch, row, grad=False):
+def alone(model, batch, row):
     """Log-probabilities of a row's own tokens by a plain forward pass: no padding, no company."""
-    T = batch.response_mask.shape[1]
-    own = torch.zeros_like(batch.attention_mask[row], dtype=torch.bool)
-    own[-T:] = batch.response_mask[row].bool()
-    real = batch.attention_mask[row].bool()
-    ids = batch.input_ids[row][real]
-    pictures = {}
     if batch.images[row]:
         pixels = np.stack(batch.images[row]).transpose(0, 3, 1, 2)
-        pictures["pixel_values"] = torch.tensor(pixels) / 127.5 - 1  # black is -1, white 1
-    with torch.set_grad_enabled(grad):
-        logits = model(input_ids=ids.unsqueeze(0), **pictures).logits[0]
-    logps = logits[:-1].log_softmax(-1).gather(-1, ids[1:].unsqueeze(-1)).squeeze(-1)
-    return logps[own[real][1:]]
+        pixels = torch.tensor(pixels) / 127.5 - 1  # black is -1, white 1
+        model = partial(model, pixel_values=pixels)
+    return slow_logps(model, batch, row)
 
 
 def entropies_of(model, batch):
@@ -80,9 +70,10 @@ def test_conversations_alone_and_in_company(played):
     for batch in (played.rollouts.batch, demos):
         with torch.no_grad():
             together = amft.logps_of(played.model, batch)
-        for row in range(len(batch.input_ids)):
+            by_itself = [alone(played.model, batch, row) for row in range(len(batch.input_ids))]
+        for row, expected in enumerate(by_itself):
             own = together[row][batch.response_mask[row].bool()]
-            torch.testing.assert_close(own, alone(played.model, batch, row), rtol=1e-3, atol=2e-3)
+            torch.testing.assert_close(own, expected, rtol=1e-3, atol=2e-3)
 
 
 def test_rows_of_a_batch_keep_their_pictures(played):
@@ -100,7 +91,7 @@ def test_rows_of_a_batch_keep_their_pictures(played):
 
 
 def test_what_is_attended_to_is_the_conversation(played):
-    """Attention to padding, a hole, another row's text, or anything but prompt, replies, feedback."""
+    """Attention to padding, to a hole, or to anything but prompt, responses and observations."""
     batch = played.rollouts.batch
     for row, episode in enumerate(played.rollouts.episodes):
         replay = copy.copy(played.episodes[row // 3])
@@ -110,7 +101,7 @@ def test_what_is_attended_to_is_the_conversation(played):
             expected += response
             if not done:
                 expected += shown
-        if played.model.config.model_type == "llava":  # a picture is as many tokens as it has patches
+        if played.model.config.model_type == "llava":  # a token for each of a picture's patches
             expected = expected.replace(tasks.IMAGE, 16 * tasks.IMAGE)
         attended = batch.input_ids[row][batch.attention_mask[row].bool()]
         text = played.tokenizer.decode(attended)
@@ -203,7 +194,7 @@ def test_demonstrations_teach_what_is_right_and_show_what_went_wrong():
 
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_rewards_and_gradients_of_whole_conversations(name):
-    """Success that is paid per turn, or an RL gradient that is not the textbook's over all turns."""
+    """Success that is paid per turn, an RL gradient that is not the textbook's over all turns."""
     task, model, tokenizer, config = shipped(name)
     config.advantage = "group"
     seen = amft.rollout(model, tokenizer, drawn(task, 4), 4, config.max_new_tokens)
@@ -213,13 +204,12 @@ def test_rewards_and_gradients_of_whole_conversations(name):
     config.micro_tokens = 3 * seen.batch.input_ids.shape[1]
     advantages = amft.advantages_of(model, None, seen, config)
     grad, _, _ = amft.rl_gradient(model, seen.batch, advantages, config)
-    others = (seen.success.sum(1, keepdim=True) - seen.success) / 3
-    weights = seen.success - others
+    weights = seen.success - others_mean(seen.success)
     weights = (weights / weights.std(correction=0)).flatten()
     n_tokens = seen.batch.response_mask.sum()
     rows = []
     for row in range(16):
-        logps = alone(model, seen.batch, row, grad=True)
+        logps = alone(model, seen.batch, row)
         rows.append(flat_grad(-weights[row] * logps.sum() / n_tokens, model))
     # Where a prompt's samples are alike, theirs cancel: the largest row is the error's yardstick.
     largest = max(row.norm() for row in rows)
@@ -229,12 +219,13 @@ def test_rewards_and_gradients_of_whole_conversations(name):
 # --- Chat templates ---
 
 CHAT = ("{% for m in messages %}"
-        "{% if m.role == 'user' %} where {{ m.content }}\n{% else %}{{ m.content }}<eos>{% endif %}"
+        "{% if m.role == 'user' %} where {{ m.content }}\n"
+        "{% else %}Turn {{ m.content }}<eos>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}Turn {% endif %}")
 
 
 def test_a_chat_model_gets_its_own_template_turn_by_turn(tokenizer):
-    """Prompt, response and observation, one by one, that do not make the template's conversation."""
+    """Prompt, response and observation that do not add up to the template's conversation."""
     model = shipped("gp")[1]
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = CHAT
@@ -246,14 +237,13 @@ def test_a_chat_model_gets_its_own_template_turn_by_turn(tokenizer):
     response = chat("8")["input_ids"] + [chat.eos_token_id]
     observation = amft.encode_text(model, chat, "10", first=False)
     text = chat.decode(prompt + response + observation)
-    assert text.replace("Turn 8", "8") == whole
-    assert text.count("Turn ") == 2  # asked to speak at each turn
+    assert text == whole and text.count("Turn ") == 2  # asked to speak at each turn
 
 
-@pytest.mark.parametrize("template", [None, CHAT, "{{ bos_token }}" + CHAT])
+@pytest.mark.parametrize(
+    "template", [None, CHAT, "{{ bos_token }}" + CHAT], ids=["none", "without BOS", "with BOS"])
 def test_a_conversation_begins_once(tokenizer, template):
-    """A second BOS before a chat template that has one, none before one that has none, or one
-    before an observation."""
+    """A second BOS before a chat template that has one, or one before an observation."""
     task, model, _, _ = shipped("gp", turns=2)
     begins = copy.deepcopy(tokenizer)
     begins.add_special_tokens(dict(bos_token="<bos>"))
@@ -344,7 +334,7 @@ def test_every_task_runs(name, tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_the_shipped_policies_are_above_chance_and_below_saturation(name):
-    """A base that knows nothing of a task, so that RL has no signal, or that has nothing to learn."""
+    """A base that knows nothing of a task, so that RL has no signal, or has nothing to learn."""
     task, model, tokenizer, config = shipped(name)
     config.eval_n = 24
     row = amft.evaluate(model, tokenizer, task, config, "id", 2)
@@ -352,7 +342,7 @@ def test_the_shipped_policies_are_above_chance_and_below_saturation(name):
 
 
 def test_tasks_know_nothing_of_a_model():
-    """An import of torch or transformers in tasks.py, which takes seconds and ties it to a model."""
+    """An import in tasks.py of torch or transformers, which takes seconds."""
     code = "import sys, tasks; print({'torch', 'transformers', 'amft'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert shown.stdout == "set()\n", shown.stderr
@@ -363,7 +353,7 @@ def test_a_task_is_shown_at_once(tmp_path):
     before = sum(os.times()[2:4])
     argv = [sys.executable, str(HERE / "tasks.py"), "--show", "gp"]
     shown = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
-    assert sum(os.times()[2:4]) - before < 2  # seconds of its processor's time
+    assert sum(os.times()[2:4]) - before < 1.5  # seconds of a processor; torch alone takes more
     assert shown.returncode == 0 and shown.stderr == ""
     for split in ("train", *tasks.GeneralPoints.splits):
         assert f"--- {split}: " in shown.stdout
@@ -373,7 +363,7 @@ def test_a_task_is_shown_at_once(tmp_path):
 @pytest.mark.parametrize("turns", [0, 3])
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_every_demonstration_is_graded_correct(name, turns):
-    """An expert that fails, on any split; a slip that is learned; an episode that playing changes."""
+    """An expert that fails on a split, a slip that is learned, an episode that playing changes."""
     task = tasks.TASKS[name](turns=turns)
     rng = random.Random(SEED)
     for split in ["train", *task.splits]:
@@ -429,8 +419,7 @@ def test_wrong_responses_get_their_named_outcome_in_bounded_time(name):
 
 
 def test_measures_of_conversations_with_failures():
-    """first_try of the first response alone, of lost conversations, or a step accuracy of any other
-    share than the responses'."""
+    """first_try of first responses alone, or of lost conversations; a wrong step accuracy."""
     task = tasks.VIRL()
     fresh = task.sample("train", random.Random(SEED))
 
@@ -459,7 +448,7 @@ def near(hits, n, chance):
 
 
 def exact_chance(numbers, target=24):
-    """Share of random_formula over shuffled numbers that makes the target: by every way it can go."""
+    """Share of random_formula over shuffled numbers that makes the target, by every way it goes."""
     def values(part):
         if len(part) == 1:
             return {Fraction(part[0]): Fraction(1)}
@@ -579,7 +568,7 @@ BRACKETINGS = (
 
 
 def test_grader_on_every_bracketing():
-    """Precedence, associativity or brackets that the grader's parser reads otherwise than Python."""
+    """Precedence, associativity or brackets that the grader reads otherwise than Python."""
     rng = random.Random(SEED)
     for numbers in rng.sample(tasks.MULTISETS, 4):
         seen = Counter()
@@ -592,6 +581,11 @@ def test_grader_on_every_bracketing():
                 assert grade(answer(formula), numbers) == expected, formula
                 seen[expected] += 1
         assert bool(seen["correct"]) == bool(tasks.solve(numbers))
+
+
+def brief(value):
+    """Of a parameter, for the test's name."""
+    return ascii(value)[:24]
 
 
 @pytest.mark.parametrize("formula, outcome", [
@@ -623,7 +617,7 @@ def test_grader_on_every_bracketing():
     ("(" * 59, "illegal_formula"),
     ("1+" * 40000 + "1", "no_answer"),
     ("(" * 100_000, "no_answer"),
-])
+], ids=brief)
 def test_grader_on_hostile_formulas(formula, outcome):
     """A formula that is run as code, takes long, or is taken for another one."""
     start = time.process_time()
@@ -647,7 +641,7 @@ def test_grader_on_hostile_formulas(formula, outcome):
     ('{"formula": "(1+2+3)*4", "formula": "(1+2+3)*4"}', "no_answer"),
     (answer("(1+2+3)*4") + "x", "no_answer"),
     (answer("(1+2+3)*4", cards=[], number="rubbish"), "correct"),
-])
+], ids=brief)
 def test_grader_on_hostile_text(response, outcome):
     """A response that is no JSON object with one formula, and is graded as if it were."""
     start = time.process_time()
@@ -704,7 +698,7 @@ def test_splits_are_disjoint():
 
 
 def test_feedback_says_what_was_wrong_and_not_how_near_it_was():
-    """Feedback that differs within an outcome, and so helps to search; or attempts beyond the last."""
+    """Feedback that differs within an outcome, and so helps to search; a try beyond the last."""
     rng = random.Random(SEED)
     task = tasks.GeneralPoints(turns=5)
     said = {}
@@ -797,7 +791,7 @@ def test_routes_are_walks_through_their_city(split):
 
 @pytest.mark.parametrize("split", ROUTE_SPLITS)
 def test_actions_are_those_of_the_instruction(split):
-    """Routes without an end, with turns in another frame than the split's, or at no intersection."""
+    """Routes without an end, or with turns in another frame than the split's or at no corner."""
     lengths = Counter()
     for route in drawn(tasks.VIRL(), 150, split):
         actions = [stop.action for stop in route.stops]
@@ -838,7 +832,7 @@ def test_cities_and_names_of_new_splits_are_new(monkeypatch):
 
 
 def test_cities_of_different_roles_differ():
-    """Two cities by different names that are one: two may be by chance, if there were more."""
+    """A city of a new split whose streets are those of one that is trained on."""
     streets = {}
     for role in ("train", "val", "heldout", "pretraining"):
         cities = [tasks.City(f"{role} {i}", tasks.NAMES) for i in range(tasks.CITIES)]
@@ -917,7 +911,7 @@ def work_out(steps, rule):
 
 @pytest.mark.parametrize("split", ["train", *tasks.Mathematics.splits])
 def test_problems_by_reading_the_prompt(split):
-    """A wrong answer, a wrong line of a solution, or a problem longer or harder than its split's."""
+    """A wrong answer, a wrong line of a solution, or a problem that is not as its split says."""
     for problem in drawn(tasks.Mathematics(), 400, split):
         explained = re.match("a (.) b means (.*?)[.] ", problem.prompt)
         assert bool(explained) == (split == "ood_rule")
@@ -989,7 +983,7 @@ def test_roles_have_their_shares():
     ("x+1", "1+x", "wrong_answer"),
 ])
 def test_equal_numbers_in_different_forms(right, box, outcome):
-    """A right number in another form that is refused, another text that passes, a box but the last."""
+    """A right number that is refused for its form, a text that passes, a box before the last."""
     problem = tasks.Problem("", "", right)
     assert problem.grade(f"so \\boxed{{{box}}} it is") == outcome
     assert problem.grade(f"\\boxed{{99}} no, \\boxed{{{box}}}") == outcome
@@ -1049,14 +1043,13 @@ def test_the_tokenizer_gives_back_every_text(name, tokenizer):
                 assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
 
 
-@pytest.mark.parametrize("shipped_as, flags", [("base", []), ("base-vl", ["--pictures"])])
-def test_base_recipes_run_and_make_the_shipped_tokenizer(shipped_as, flags, tmp_path, tokenizer):
+@pytest.mark.parametrize("shipped_as", ["base", "base-vl"])
+def test_base_recipes_run_and_make_the_shipped_tokenizer(shipped_as, tmp_path, tokenizer):
     """A recipe that fails, or that makes another tokenizer or architecture than those shipped."""
     make = importlib.import_module("make")
     made = tmp_path / "made"
-    init = ["--init", str(HERE / "base")] if flags else []
-    make.main(["--steps", "3", "--tokens", "1000", "--device", "cpu", "--out", str(made),
-               *flags, *init])
+    flags = ["--pictures", "--init", str(HERE / "base")] if shipped_as == "base-vl" else []
+    make.main(["--steps", "3", "--tokens", "1000", "--device", "cpu", "--out", str(made), *flags])
     kept = HERE / shipped_as
     assert AutoTokenizer.from_pretrained(made).get_vocab() == tokenizer.get_vocab()
     assert AutoTokenizer.from_pretrained(kept).get_vocab() == tokenizer.get_vocab()

@@ -1,6 +1,6 @@
-"""Tests of amft.py and tasks.py, each against an independent reference: a slow loop, an enumeration,
-a float64 finite difference, torch's own optimiser, transformers' own `generate`; never against a
-copy of the code.
+"""Tests of amft.py and tasks.py, each against an independent reference: a slow loop, an
+enumeration, a float64 finite difference, torch's own optimiser, transformers' own `generate`;
+never against a copy of the code.
 
     python -m pytest -q test_amft.py
     AMFT_SLOW=1 python -m pytest -q test_amft.py     # and what takes longer
@@ -8,29 +8,42 @@ copy of the code.
 AMFT_MODULE names the module under test (default amft), so that this file grades a student's
 version; AMFT_TEST_SEED (default 0) draws the inputs, so that a grader can draw others.
 
-Where each equation is tested:
-    (1)  J_RL          test_losses_against_slow_loops, test_an_update_with_old_samples_is_the_clipped_one
-         advantages    test_group_advantages_by_hand, test_gae_against_its_definition,
-                       test_graded_rewards_are_the_tasks_points, test_equal_rewards_move_nothing
-    (2)  L_SFT         test_losses_against_slow_loops, test_the_loss_of_a_demonstration
-         implicit R    test_sft_is_policy_gradient_with_the_implicit_reward
-    (1, 2) gradients   test_gradients_do_not_depend_on_micro_batches_and_silent_groups_add_nothing
-    (3)  L(theta; mu)  test_step_equals_torch, test_the_step_and_its_derivative_hang_together_in_training,
-                       test_a_step_of_every_method_is_the_gradient_of_its_loss
-    (4)  U(theta')     test_meta_gradient_is_exactly_unbiased, test_meta_gradient_against_a_slow_loop,
-                       test_the_standard_error_of_the_meta_gradient_covers
-         own prompts   test_own_meta_gradient_is_the_slope_of_the_samples_utility,
-                       test_own_meta_gradient_is_unbiased_whatever_the_value_function_says
-    (5)  dU/dmu        test_sensitivity_is_the_finite_difference_of_exact_utility,
-                       test_sensitivity_with_a_trace_is_the_derivative_in_a_mu_that_was_larger_all_along
-    (6)  mu            test_controller_on_hand_computed_values, test_mu_follows_the_logged_meta_gradients,
-                       test_paper_controller_is_equation_6_to_the_letter
-         evidence      test_evidence_does_not_depend_on_the_scale_of_the_meta_gradient_and_is_calibrated...
-    y ~ pi_theta       test_replies_are_those_of_generate, test_every_turn_is_that_of_generate,
-                       test_sampling_frequencies_and_truncation
-    log pi_theta       test_log_probabilities_do_not_depend_on_the_company
-    Algorithm 1        test_the_budget_and_batches_without_signal, test_same_seed_same_log_and_every_key_is_there,
-                       test_an_interrupted_run_goes_on_bit_for_bit
+From equation to test:
+    (1) J_RL
+        test_losses_against_slow_loops
+        test_an_update_with_old_samples_is_the_clipped_one
+        test_sampling_frequencies_and_truncation: y ~ pi_theta
+        test_replies_are_those_of_generate, test_every_turn_is_that_of_generate
+      its advantages
+        test_group_advantages_by_hand, test_gae_against_its_definition
+        test_graded_rewards_are_the_tasks_points, test_equal_rewards_move_nothing
+    (2) L_SFT
+        test_losses_against_slow_loops, test_the_loss_of_a_demonstration
+        test_log_probabilities_do_not_depend_on_the_company
+        test_sft_is_policy_gradient_with_the_implicit_reward: section 3.2
+    (3) L(theta; mu)
+        test_gradients_do_not_depend_on_micro_batches_and_silent_groups_add_nothing
+        test_step_equals_torch
+        test_a_step_of_every_method_is_the_gradient_of_its_loss
+        test_at_mu_one_rl_cannot_matter_and_at_mu_zero_sft_cannot
+        test_the_step_and_its_derivative_hang_together_in_training
+    (4) U(theta')
+        test_meta_gradient_is_exactly_unbiased, test_meta_gradient_against_a_slow_loop
+        test_the_standard_error_of_the_meta_gradient_covers
+      of a step's own prompts
+        test_own_meta_gradient_is_the_slope_of_the_samples_utility
+        test_own_meta_gradient_is_unbiased_whatever_the_value_function_says
+    (5) dU/dmu
+        test_sensitivity_is_the_finite_difference_of_exact_utility
+        test_sensitivity_with_a_trace_is_the_derivative_in_a_mu_that_was_larger_all_along
+    (6) mu
+        test_controller_on_hand_computed_values, test_mu_follows_the_logged_meta_gradients
+        test_evidence_does_not_depend_on_the_scale_of_the_meta_gradient_and_is_calibrated_...
+        test_paper_controller_is_equation_6_to_the_letter
+    Algorithm 1
+        test_the_budget_and_batches_without_signal
+        test_same_seed_same_log, test_every_key_of_the_log_is_there
+        test_an_interrupted_run_goes_on_bit_for_bit
 """
 
 import copy
@@ -343,6 +356,10 @@ def put(model, theta):
     return model
 
 
+def flat_weights(model):
+    return parameters_to_vector(model.parameters()).detach().clone()
+
+
 def flat_grad(loss, model, **how):
     weights = list(model.parameters())
     grads = torch.autograd.grad(loss, weights, materialize_grads=True, **how)
@@ -350,7 +367,7 @@ def flat_grad(loss, model, **how):
 
 
 def slow_logps(model, batch, row, temperature=1.0):
-    """log pi of a row's own tokens (n,), by a plain forward pass of that row: no padding, no holes."""
+    """log pi of a row's own tokens (n,), by a plain forward pass of it: no padding, no holes."""
     real = batch.attention_mask[row].bool()
     ids = batch.input_ids[row][real]
     learned = torch.zeros(len(real), dtype=torch.bool)
@@ -358,6 +375,18 @@ def slow_logps(model, batch, row, temperature=1.0):
     logps = (model(ids.unsqueeze(0)).logits[0] / temperature).log_softmax(-1)
     of_ids = logps[:-1].gather(-1, ids[1:].unsqueeze(-1)).squeeze(-1)
     return of_ids[learned[real][1:]]
+
+
+def slow_totals(model, batch, temperature=1.0):
+    """log pi(y|x) of each row, (B,)."""
+    rows = range(len(batch.input_ids))
+    return torch.stack([slow_logps(model, batch, row, temperature).sum() for row in rows])
+
+
+def mean_logp(model, batch):
+    """Of a batch's own tokens, row by row."""
+    rows = [slow_logps(model, batch, row) for row in range(len(batch.input_ids))]
+    return torch.cat(rows).mean()
 
 
 def others_mean(rewards):

@@ -6,7 +6,7 @@ General Points and V-IRL were first defined in "SFT Memorizes, RL Generalizes" (
 appendices A and B), whose shifts of rule and of look are the out-of-distribution questions of AMFT's experiments.
 
     python tasks.py --show gp          # an episode of each split, played by its expert
-    python tasks.py --show gp-vl       # the same, and the pictures in gp-vl.png (needs matplotlib)
+    python tasks.py --show gp-vl       # the same, and the pictures in runs/gp-vl.png (needs matplotlib)
 """
 
 import argparse
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations, combinations_with_replacement, product
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -1010,22 +1011,28 @@ def show_task(name):
         print("".join(turn.shown + turn.response for turn in turns) + "\n")
         pictures += [(f"{split}, {i}", turn) for i, turn in enumerate(turns[:3], 1) if turn.image is not None]
     if pictures:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        columns = 6
-        figure, axes = plt.subplots(-(-len(pictures) // columns), columns, squeeze=False,
-                                    figsize=(2.2 * columns, 2.6 * -(-len(pictures) // columns)))
-        for axis in axes.flat:
-            axis.axis("off")
-        for axis, (title, turn) in zip(axes.flat, pictures):
-            axis.imshow(turn.image, interpolation="nearest")
-            fields = json.loads(turn.response)
-            axis.set_title(title + "\n" + str(fields.get("current observation") or ", ".join(fields["cards"])).replace(
-                "; ", "\n"), fontsize=6)
-        figure.tight_layout()
-        figure.savefig(f"{name}.png", dpi=150)
-        print(f"{len(pictures)} pictures in {name}.png")
+        print(draw(pictures, Path("runs", f"{name}.png")))
+
+
+def draw(pictures, path, columns=6):
+    """Draw (title, Turn) each; what became of it, in words."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no pictures: pip install matplotlib"
+    rows = -(-len(pictures) // columns)
+    figure = Figure((2.2 * columns, 2.6 * rows), layout="tight")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, turn) in zip(axes.flat, pictures):
+        axis.imshow(turn.image, interpolation="nearest")
+        fields = json.loads(turn.response)
+        said = fields.get("current observation") or ", ".join(fields["cards"])
+        axis.set_title(f"{title}\n{said}".replace("; ", "\n"), fontsize=6)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return f"{len(pictures)} pictures in {path}"
 
 
 if __name__ == "__main__":

@@ -44,6 +44,10 @@ import tasks  # noqa: E402
 
 WIDTH, VIEW_WIDTH = 352, 448  # tokens of a row of packed conversations; the longest conversation fits
 PATCH = 12  # pixels: a picture is 16 tokens
+IGNORED = -100  # a label that is not learned
+FRAMES = [  # of V-IRL: (actions', what the directions are told in)
+    ("absolute", "both"), ("absolute", "absolute"), ("relative", "both"),
+    ("relative", "absolute"), ("relative", "absolute"), ("relative", "relative")]
 
 SPECIALS = ["<pad>", "<eos>", "<unk>"]
 # Text that never varies is one token, so that following the original's formats costs a few tokens, not hundreds.
@@ -66,60 +70,83 @@ WORDS = FRAGMENTS + ["A", "J", "Q", "K"] + [str(n) for n in range(301)]
 
 
 def make_tokenizer():
-    """Every fragment, operator, bracket and integer 0..300 is one token; decoding gives back the same text."""
-    escape = lambda text: "".join("\\" + c if c in r"\.[]{}()*+-/|^$?&~#" else c for c in text)  # noqa: E731
-    pattern = "|".join([escape(f) for f in sorted(FRAGMENTS, key=len, reverse=True)] + ["[0-9]+", "."])
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIALS + WORDS)}, unk_token="<unk>"))
+    """Every fragment, operator, bracket and integer 0..300 is a token; decoding gives back the text."""
+    longest_first = sorted(FRAGMENTS, key=len, reverse=True)
+    pattern = "|".join([*map(escaped, longest_first), "[0-9]+", "."])
+    vocabulary = {word: i for i, word in enumerate(SPECIALS + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-                                   padding_side="left", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        padding_side="left", clean_up_tokenization_spaces=False)
+
+
+def escaped(text):
+    """For the tokenizer's own regular expressions, which know fewer escapes than Python's."""
+    return "".join("\\" + c if c in r"\.[]{}()*+-/|^$?&~#" else c for c in text)
+
+
+# --- The text: conversations of the tasks, with all that a task fixes drawn at random ---------------
 
 
 def gp(rng, pictures=False):
     while True:
         ranks = tuple(rng.choices(tasks.RANKS, k=4))
-        alike, free = rng.randint(1, 13), [rng.randint(1, 13) for _ in tasks.FACES]
-        rule = dict(zip(tasks.FACES, [alike] * 3 if rng.random() < 0.5 else free))
+        rule = random_rule(rng)
         numbers = tasks.values_of(ranks, rule)
         (formula, _), value = tasks.random_formula(rng.sample(numbers, 4), rng)
         if value is None or value.denominator != 1 or not 1 <= value <= 100:
             continue
         if value == tasks.TARGET and tasks.ROLES[tuple(sorted(numbers))] != "train":
             continue  # kept for evaluation: this deal is never seen making 24
-        fields = dict(ranks=ranks, stated=rule, numbers=numbers, formula=formula, target=int(value))
-        deal = tasks.PictureDeal(**fields, suits="".join(rng.choices("SCHD", k=4))) if pictures else tasks.Deal(**fields)
+        deal = dict(ranks=ranks, stated=rule, numbers=numbers, formula=formula, target=int(value))
+        if pictures:
+            deal = tasks.PictureDeal(**deal, suits="".join(rng.choices("SCHD", k=4)))
+        else:
+            deal = tasks.Deal(**deal)
         deal.attempts = 2
-        if rng.random() < 0.15:
+        if rng.random() < 0.15:  # it fails first
             (wrong, _), other = tasks.random_formula(rng.sample(numbers, 4), rng)
             deal.slips = {0: deal.respond(wrong)} if other != value else {}
         return deal
 
 
+def random_rule(rng):
+    """What the faces count as: half of the time the same."""
+    same = rng.randint(1, 13)
+    own = [rng.randint(1, 13) for _ in tasks.FACES]
+    return dict(zip(tasks.FACES, [same] * 3 if rng.random() < 0.5 else own))
+
+
 @lru_cache(maxsize=None)
 def city(seed):
-    return tasks.City(f"pretraining {seed}", tasks.NAMES)  # tasks.VIRL's own seeds name a role: never the same city
+    return tasks.City(f"pretraining {seed}", tasks.NAMES)  # tasks.VIRL's seeds name a role: never this
 
 
 def virl(rng, pictures=False):
-    frame, told = rng.choice([("absolute", "both"), ("absolute", "absolute"), ("relative", "both"),
-                              ("relative", "absolute"), ("relative", "absolute"), ("relative", "relative")])
+    frame, told = rng.choice(FRAMES)
     number = rng.randrange(2000)
-    fields = dict(city=number, **tasks.route_parts(city(number), rng, rng.choice((2, 3)), frame, told))
-    looks = dict(look=rng.randrange(len(tasks.LOOKS))) if pictures else {}
-    route = (tasks.PictureRoute if pictures else tasks.Route)(**fields, **looks)
-    if rng.random() < 0.3:
-        point, ahead = rng.randrange(route.points), copy.copy(route)
-        ahead.point = point
-        wrong = rng.choice([action for action in route.actions if action != route.stops[point].action])
-        route.slips = {point: ahead.respond(wrong)}
+    parts = tasks.route_parts(city(number), rng, rng.choice((2, 3)), frame, told)
+    if pictures:
+        route = tasks.PictureRoute(city=number, **parts, look=rng.randrange(len(tasks.LOOKS)))
+    else:
+        route = tasks.Route(city=number, **parts)
+    if rng.random() < 0.3:  # it fails first at one point
+        point = rng.randrange(route.points)
+        right = route.stops[point].action
+        wrong = rng.choice([action for action in route.actions if action != right])
+        there = copy.copy(route)
+        there.point = point
+        route.slips = {point: there.respond(wrong)}
     return route
 
 
 def mathematics(rng, pictures=False):
     allowed = [meaning for meaning in tasks.MEANINGS if meaning not in tasks.OOD_MEANINGS]
     while True:
-        rule = (rng.choice(allowed), rng.choice(tasks.SYMBOLS)) if rng.random() < 0.5 else ()
+        explained = rng.random() < 0.5
+        rule = (rng.choice(allowed), rng.choice(tasks.SYMBOLS)) if explained else ()
         problem = tasks.chain(rng, rng.randint(1, 5), *rule)
         if tasks.role_of(problem.unit) == "train":
             return problem
@@ -128,109 +155,142 @@ def mathematics(rng, pictures=False):
 FAMILIES = {"gp": (gp, 0.4), "virl": (virl, 0.3), "math": (mathematics, 0.3)}  # share of the tokens
 
 
+# --- Rows of packed conversations -----------------------------------------------------------------
+
+
 def encode(tokenizer, episode):
-    """(ids, labels, pictures) of an expert's conversation: only what the policy says well carries loss."""
+    """(ids, labels, pictures) of an expert's conversation: only what it says well carries loss."""
     ids, labels, images = [], [], []
     for turn in episode.demonstration():
         shown = turn.shown.replace(tasks.IMAGE, tasks.IMAGE * (tasks.SIDE // PATCH) ** 2)
-        for text, learn in ((shown, False), (turn.response, turn.learn)):
-            part = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * (text is turn.response)
-            ids, labels = ids + part, labels + (part if learn else [-100] * len(part))
-        images += [turn.image] if turn.image is not None else []
+        read = tokenizer(shown)["input_ids"]
+        said = tokenizer(turn.response)["input_ids"] + [tokenizer.eos_token_id]
+        ids += read + said
+        labels += [IGNORED] * len(read)
+        labels += said if turn.learn else [IGNORED] * len(said)
+        if turn.image is not None:
+            images.append(turn.image)
     return ids, labels, images
 
 
+class Rows:
+    """A batch of `count` rows of `width` tokens, which are filled with whole conversations."""
+
+    def __init__(self, count, width, pad):
+        self.ids = np.full((count, width), pad)
+        self.labels = np.full((count, width), IGNORED)
+        self.positions = np.zeros((count, width), int)
+        self.documents = np.zeros((count, width), int)  # 0: nothing; 1, 2, ... in each row
+        self.images = []
+        self.filled = [0] * count
+
+    def add(self, row, ids, labels, images):
+        """Put a conversation into a row; False where it does not fit."""
+        start = self.filled[row]
+        end = start + len(ids)
+        if end > self.ids.shape[1]:
+            return False
+        self.ids[row, start:end] = ids
+        self.labels[row, start:end] = labels
+        self.labels[row, start] = IGNORED  # not predicted from another conversation
+        self.positions[row, start:end] = range(len(ids))
+        self.documents[row, start:end] = self.documents[row].max() + 1
+        self.images += images
+        self.filled[row] = end
+        return True
+
+    def tensors(self):
+        """ids, labels, positions, documents (count, width); pixels, or None."""
+        pixels = None
+        if self.images:
+            pixels = torch.from_numpy(np.array(self.images)).permute(0, 3, 1, 2) / 127.5 - 1
+        arrays = self.ids, self.labels, self.positions, self.documents
+        return *map(torch.from_numpy, arrays), pixels
+
+
 def make_rows(tokenizer, count, width, families, pictures, rng, used):
-    """A batch of rows, each filled with whole conversations: ids, labels, positions, document, and the pictures."""
-    ids, labels = np.full((count, width), tokenizer.pad_token_id), np.full((count, width), -100)
-    position, document, images = np.zeros((count, width), int), np.zeros((count, width), int), []
+    """The tensors of a batch; used: {family: tokens so far}, to keep their shares."""
+    rows = Rows(count, width, tokenizer.pad_token_id)
     for row in range(count):
-        filled, number = 0, 0
-        while True:
-            family = min(families, key=lambda name: used[name] / FAMILIES[name][1])  # the one that lags behind its share
-            ids_, labels_, images_ = encode(tokenizer, FAMILIES[family][0](rng, pictures))
-            used[family] += len(ids_)
-            if filled + len(ids_) > width:
-                break  # does not fit any more: the row is done, the conversation dropped
-            here = slice(filled, filled + len(ids_))
-            filled, number = here.stop, number + 1
-            ids[row, here], labels[row, here] = ids_, labels_
-            labels[row, here.start] = -100  # not predicted from another conversation
-            position[row, here], document[row, here] = range(len(ids_)), number
-            images += images_
-    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 127.5 - 1 if images else None
-    return *map(torch.from_numpy, (ids, labels, position, document)), pixels
+        fits = True
+        while fits:  # what does not fit any more is dropped, and the row is done
+            family = min(families, key=lambda name: used[name] / FAMILIES[name][1])  # lags behind
+            draw, _ = FAMILIES[family]
+            conversation = encode(tokenizer, draw(rng, pictures))
+            used[family] += len(conversation[0])
+            fits = rows.add(row, *conversation)
+    return rows.tensors()
+
+
+# --- The policies ---------------------------------------------------------------------------------
 
 
 def build(tokenizer, pictures):
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id)
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=1024, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     if not pictures:
         return LlamaForCausalLM(text)
-    vision = SiglipVisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-                                image_size=tasks.SIDE, patch_size=PATCH, vision_use_head=False)
+    vision = SiglipVisionConfig(
+        hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        image_size=tasks.SIDE, patch_size=PATCH, vision_use_head=False)
     return LlavaForConditionalGeneration(LlavaConfig(
-        text_config=text, vision_config=vision, image_token_id=tokenizer.convert_tokens_to_ids(tasks.IMAGE),
-        vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True,
+        text_config=text, vision_config=vision, tie_word_embeddings=True,
+        image_token_id=tokenizer.convert_tokens_to_ids(tasks.IMAGE),
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id))
 
 
 def warm_start(model, tokenizer, folder):
-    """Copy the text weights of a checkpoint; rows of the vocabulary go by word, so that it may have grown."""
-    old, words = load_file(Path(folder) / "model.safetensors"), AutoTokenizer.from_pretrained(folder).get_vocab()
+    """Copy the text weights of a checkpoint; rows of the vocabulary go by word: it may have grown."""
+    old = load_file(Path(folder) / "model.safetensors")
+    old_words = AutoTokenizer.from_pretrained(folder).get_vocab()
     prefix = "model.language_model." if hasattr(model.config, "vision_config") else "model."
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for name, tensor in old.items():
-        target = own[name.replace("model.", prefix, 1)].data
-        if "embed_tokens" in name:
-            for word, row in tokenizer.get_vocab().items():
-                if word in words:
-                    target[row] = tensor[words[word]]
-        else:
+        target = parameters[name.replace("model.", prefix, 1)].data
+        if "embed_tokens" not in name:
             target.copy_(tensor)
+            continue
+        for word, row in tokenizer.get_vocab().items():
+            if word in old_words:
+                target[row] = tensor[old_words[word]]
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--pictures", action="store_true", help="a LLaVA that sees the cards and the streets; no math")
-    parser.add_argument("--init", help="checkpoint folder whose text weights are the start")
-    parser.add_argument("--steps", type=int, default=9000, help="optimiser steps")
-    parser.add_argument("--tokens", type=int, default=11000, help="tokens in a step, about")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; 100 steps up, then cosine to 1%%")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
-    parser.add_argument("--out", type=Path, help="folder to write; default: base/, with --pictures base-vl/")
-    args = parser.parse_args(argv)
-    out = args.out or (HERE.parent / "base-vl" if args.pictures else HERE)
+# --- Pretraining ----------------------------------------------------------------------------------
 
-    torch.manual_seed(args.seed)
+
+def learning_rate(step, steps):
+    """Share of the peak: up over 100 steps, then a cosine to 1%."""
+    warm = (step + 1) / min(100, steps)
+    return min(warm, 0.505 + 0.495 * math.cos(math.pi * step / steps))
+
+
+def pretrain(model, tokenizer, families, rows, width, args):
+    """Train it in place; the running mean of the loss."""
     rng = random.Random(args.seed)
-    tokenizer, families = make_tokenizer(), [f for f in args.families if not (args.pictures and f == "math")]
-    width = VIEW_WIDTH if args.pictures else WIDTH
-    rows, used = max(1, args.tokens // width), dict.fromkeys(families, 0)
-    model = build(tokenizer, args.pictures).to(args.device)
-    if args.init:
-        warm_start(model, tokenizer, args.init)
+    used = dict.fromkeys(families, 0)
     forward = torch.compile(model) if args.compile else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = min(100, args.steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / warmup, 0.505 + 0.495 * math.cos(math.pi * step / args.steps)))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate(step, args.steps))
     causal = torch.ones(width, width, dtype=torch.bool, device=args.device).tril()
-
-    start, smooth = time.time(), None
-    for _ in (bar := trange(args.steps, desc="pretraining", mininterval=5)):
+    device_type = torch.device(args.device).type
+    bar = trange(args.steps, desc="pretraining", mininterval=5)
+    smooth = None
+    for _ in bar:
         batch = make_rows(tokenizer, rows, width, families, args.pictures, rng, used)
-        ids, labels, position, document, pixels = (x if x is None else x.to(args.device) for x in batch)
-        attention = (document[:, :, None] == document[:, None, :]) & causal  # conversations do not see each other
+        ids, labels, positions, documents, pixels = (
+            x if x is None else x.to(args.device) for x in batch)
+        # Conversations do not see each other.
+        attention = (documents[:, :, None] == documents[:, None, :]) & causal
         extra = {} if pixels is None else dict(pixel_values=pixels)
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-            loss = forward(input_ids=ids, labels=labels, position_ids=position, attention_mask=attention[:, None],
-                           **extra).loss
+        with torch.autocast(device_type, torch.bfloat16):
+            loss = forward(
+                input_ids=ids, labels=labels, position_ids=positions,
+                attention_mask=attention[:, None], **extra).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -238,11 +298,50 @@ def main(argv=None):
         schedule.step()
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix(loss=f"{smooth:.4f}")
+    return smooth
+
+
+def arguments(argv):
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--pictures", action="store_true",
+                        help="a LLaVA that sees the cards and the streets; no math")
+    parser.add_argument("--init", help="checkpoint folder whose text weights are the start")
+    parser.add_argument("--steps", type=int, default=9000, help="optimiser steps")
+    parser.add_argument("--tokens", type=int, default=11000, help="tokens in a step, about")
+    parser.add_argument("--lr", type=float, default=2e-3,
+                        help="peak learning rate; 100 steps up, then cosine to 1%%")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=here)
+    parser.add_argument("--compile", action="store_true",
+                        help="torch.compile: faster, needs a C++ compiler")
+    parser.add_argument("--out", type=Path,
+                        help="folder to write; default: base/, with --pictures base-vl/")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = arguments(argv)
+    out = args.out or (HERE.parent / "base-vl" if args.pictures else HERE)
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer()
+    families = [name for name in args.families if not (args.pictures and name == "math")]
+    width = VIEW_WIDTH if args.pictures else WIDTH
+    rows = max(1, args.tokens // width)
+    model = build(tokenizer, args.pictures).to(args.device)
+    if args.init:
+        warm_start(model, tokenizer, args.init)
+    start = time.time()
+    loss = pretrain(model, tokenizer, families, rows, width, args)
+    minutes = (time.time() - start) / 60
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{out}: {parameters:,} parameters, {args.steps} steps of {rows} rows of {width} tokens, loss {smooth:.4f}, "
-          f"{(time.time() - start) / 60:.1f} minutes on {args.device} ({torch.get_num_threads()} threads)")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{out}: {parameters:,} parameters, {args.steps} steps of {rows} rows of {width} tokens, "
+          f"loss {loss:.4f}, {minutes:.1f} minutes on {args.device} "
+          f"({torch.get_num_threads()} threads)")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ still pass, is reported and fails the run; so do tests that fail without any bug
 
 import argparse
 import fnmatch
+import gc
 import importlib
 import os
 import shutil
@@ -53,12 +54,12 @@ MUTANTS = [
     ("amft.py", "theta * (1 - lr * weight_decay)", "theta * (1 - weight_decay)", "step_equals_torch"),
     ("amft.py", "root = v.clamp(min=1e-37).sqrt()", "root = v.sqrt()", "sensitivity_is_finite"),
     # the sensitivity
-    ("amft.py", "grad = (1 - mu) * g_rl + mu * g_sft\n        tangents",
-     "grad = mu * g_rl + (1 - mu) * g_sft\n        tangents", "finite_difference"),
+    ("amft.py", "grad = (1 - mu) * g_rl + mu * g_sft\n        primals",
+     "grad = mu * g_rl + (1 - mu) * g_sft\n        primals", "finite_difference"),
     ("amft.py", "tangents = trace * d_theta", "tangents = d_theta", "with_a_trace"),
     ("amft.py", "trace * d_m, trace * d_v, d_norm", "trace * d_m, 0 * d_v, d_norm", "with_a_trace"),
     ("amft.py", "trace * d_v, d_norm", "trace * d_v, 0 * d_norm", "finite_difference"),
-    ("amft.py", "step.g_rl = step.g_sft = None  # memory", "pass", "floats_a_parameter"),
+    ("amft.py", "step.g_rl = step.g_sft = None  # memory", "pass", "floats_a_parameter", LARGE),
     ("recipes/large.py", "vector[start:start + size].clone() for", "vector[start:start + size] for",
      "floats_a_parameter"),
     ("recipes/large.py", "size: int = 2 ** 22", "size: int = 2 ** 40", "floats_a_parameter"),
@@ -85,8 +86,9 @@ MUTANTS = [
     ("amft.py", "g_rl @ d_theta * n_tokens / len(batch.input_ids)", "g_rl @ d_theta", "own_meta"),
     ("amft.py", "len(batch.input_ids)).item() * scale", "len(batch.input_ids)).item()", "own_meta"),
     ("amft.py", "slope = -(g_rl", "slope = (g_rl", "own_meta"),
-    ("amft.py", "own_meta_gradient(step.g_rl, d_theta", "own_meta_gradient(step.g_sft, d_theta", "mu_follows"),
-    ("amft.py", "estimates.append((slope, error))", "estimates = [(slope, error)]", "mu_follows"),
+    ("amft.py", "step.g_rl, d_theta, step.roll", "step.g_sft, d_theta, step.roll", "mu_follows"),
+    ("amft.py", "meta_se=error)\n            estimates.append((slope, error))",
+     "meta_se=error)\n            estimates = [(slope, error)]", "mu_follows"),
     ("amft.py", "self.task.sample(self.split, step.rng)", 'self.task.sample("train", step.rng)',
      "target_entropy_is_measured"),
     ("amft.py", "episodes, config.samples, config.max_new_tokens,\n                          config.temperature)",
@@ -159,7 +161,8 @@ MUTANTS = [
     ("amft.py", "truncated.append(reply.truncated[~done])", "truncated.append(reply.truncated)", "log_counts"),
     ("amft.py", "torch.cat(truncated).float().mean().item()", "torch.cat(truncated).sum().item() / len(played)",
      "log_counts or truncation"),
-    ("harness/cache.py", "max_cache_len=columns)", "max_cache_len=columns - 1)", "of_generate or sampled_from"),
+    ("harness/cache.py", "max_cache_len=columns)", "max_cache_len=columns - 1)", "is_sampled_is_the_policy", MODELS),
+    ("harness/cache.py", "max_cache_len=columns)", "max_cache_len=columns - 2)", "of_generate or sampled_from"),
     ("harness/cache.py", "before.keys[:, :, :known], before.values", "before.keys[:, :, :known], before.keys",
      "of_generate or sampled_from"),
     # conversations and pictures
@@ -168,7 +171,8 @@ MUTANTS = [
     ("amft.py", "attention_mask = torch.cat([attention_mask, reply.mask.long()], 1)",
      "attention_mask = torch.cat([attention_mask, torch.ones_like(reply.ids)], 1)", "is_attended_to"),
     ("amft.py", "attention_mask = torch.cat([attention_mask, real], 1)",
-     "attention_mask = torch.cat([attention_mask, torch.ones_like(real)], 1)", "is_attended_to or what_is_shown_is_not_read"),
+     "attention_mask = torch.cat([attention_mask, torch.ones_like(real)], 1)",
+     "is_attended_to or what_is_shown_is_not_read"),
     ("amft.py", "speaking = ~done\n", "speaking = torch.ones_like(done)\n", "what_was_graded or is_attended_to"),
     ("amft.py", "played = [copy.copy(episode) for", "played = [episode for", "alone_and_in_company or rollout_samples"),
     ("amft.py", "points[row, len(response) - 1]", "points[row, 0]", "points_stand or graded_rewards"),
@@ -176,7 +180,8 @@ MUTANTS = [
      "input_ids.shape[1] + shown.shape[1] > max_length(model)", "might_not_fit"),
     ("amft.py", "[float(turn.learn)] * len(response)", "[1.0] * len(response)", "demonstrations_teach"),
     ("amft.py", "[self.images[i] for i in chosen]", "self.images", "keep_their_pictures or alone_and_in_company"),
-    ("amft.py", "[turn.image for turn in turns if", "[turn.image for turn in turns[::-1] if", "reading_order", PICTURES),
+    ("amft.py", "[turn.image for turn in turns if", "[turn.image for turn in turns[::-1] if", "reading_order",
+     PICTURES),
     ("harness/pictures.py", "pixels.float() / 127.5 - 1", "pixels.float() / 255", "pixels_are"),
     ("harness/loading.py", "logits.index_fill(-1, banned, -1e9)", "logits", "cannot_say", PICTURES),
     # the loop
@@ -203,34 +208,36 @@ MUTANTS = [
     ("harness/run.py", 'os.truncate(self.log, own["log"])', "None", "interrupted_run"),
     ("harness/run.py", 'type(adam)(*saved["adam"])', "adam", "interrupted_run"),
     ("amft.py", "modules = [method, phi, phi", "modules = [method, None, phi", "interrupted_run"),
-    ("amft.py", "phi and phi.optimizer]", "None]", "interrupted_run"),
+    ("amft.py", "phi.optimizer if phi else None]", "None]", "interrupted_run"),
     ("harness/run.py", '(self.folder / "state.tmp").write_bytes(',
-     '(self.folder / "state.tmp").write_bytes(b"") or self.state.write_bytes(', "older_than_its_last or state_is_written"),
-    ("harness/run.py", 'if self.rows("step"):', "if False:", "gone"),
-    ("harness/run.py", "return self.stopping or time.time()", "return time.time()", "interrupt or stop"),
+     '(self.folder / "state.tmp").write_bytes(b"") or self.state.write_bytes(',
+     "older_than_its_last or state_is_written"),
+    ("harness/run.py", 'if self.rows("step"):', "if False:", "state_that_is_gone"),
+    ("harness/run.py", "return self.stopping or time.time()", "return time.time()", "signal_waits"),
     ("amft.py", "run.evaluate(look, task.splits)\n        run.save(theta, adam, modules)\n    for",
-     "run.evaluate(look, task.splits)\n    for", "interrupt or stop or killed"),
-    ("harness/run.py", "if not locked(self.lock):", "if not locked(self.lock) and False:", "lock or two_processes"),
+     "run.evaluate(look, task.splits)\n    for", "second_signal or ctrl_c_while", HARNESS),
+    ("harness/run.py", "if not locked(self.lock):", "if False:", "second_process or two_that_start"),
     ("harness/run.py", 'self.screen.finish(self.rows("step", "eval"))\n'
      '        self.write("final", rollouts=self.rollouts, seconds=round(self.seconds, 1))',
      'self.write("final", rollouts=self.rollouts, seconds=round(self.seconds, 1))\n'
-     '        self.screen.finish(self.rows("step", "eval"))', "final"),
+     '        self.screen.finish(self.rows("step", "eval"))', "ctrl_c_while"),
     ("amft.py", "(self.config.warmup or self.config.steps // 2)", "self.config.warmup", "switches_at"),
     # bad input
     ("harness/arguments.py", " and math.isfinite(value)", "", "bad_flags"),
     ("harness/arguments.py", "**of_task, **(SMOKE if \"smoke\" in given else {}), **of_method",
-     "**(SMOKE if \"smoke\" in given else {}), **of_task, **of_method", "smoke"),
-    ("harness/arguments.py", 'if given.get("reward") == "graded":', "if False:", "graded or bad_flags"),
+     "**(SMOKE if \"smoke\" in given else {}), **of_task, **of_method", "smoke_wins"),
+    ("harness/arguments.py", 'if given.get("reward") == "graded":', "if False:", "flags_that_fit or bad_flags"),
     ("harness/arguments.py", 'dict(utility="val", trace=0.0)', 'dict(utility="val")',
-     "paper or published or bad_flags"),
-    ("harness/arguments.py", 'min(settings["warmup"], settings["steps"] // 2)', 'settings["warmup"]', "warm"),
+     "flags_that_fit or bad_flags or published"),
+    ("harness/arguments.py", 'min(settings["warmup"], settings["steps"] // 2)', 'settings["warmup"]',
+     "flags_that_fit or bad_flags"),
     ("harness/arguments.py", "if path.exists() and not (path.is_dir() and not any(path.iterdir())):", "if False:",
-     "folders_that or empty"),
+     "not_empty or unfinished_run or current_folder"),
     ("harness/run.py", "allow_nan=False", "allow_nan=True", "not_json"),
-    ("harness/run.py", ' or own["log"] > self.log.stat().st_size', "", "states_and_logs"),
+    ("harness/run.py", ' or own["log"] > self.log.stat().st_size', "", "states_of_something_else"),
     ("recipes/checkpoints.py", 'info["missing_keys"] or info["mismatched_keys"] or', 'info["mismatched_keys"] or',
-     "checkpoints_that_are", "test_amft.py"),
-    ("recipes/checkpoints.py", "or not finite:", "or False:", "checkpoints_that_are", "test_amft.py"),
+     "cannot_read or bad_weights", HARNESS),
+    ("recipes/checkpoints.py", "or not finite:", "or False:", "bad_weights", HARNESS),
     # a reader's checkpoint
     ("recipes/checkpoints.py", "model.generation_config = GenerationConfig(", "GenerationConfig(", "own_way_to_sample"),
     ("recipes/checkpoints.py", "return min(special, key=rest.index)", "pass", "template_ends_it"),
@@ -238,7 +245,7 @@ MUTANTS = [
      "template_ends_it"),
     ("recipes/checkpoints.py", "return [i for i in dict.fromkeys(known) if i is not None]", "return known[:1]",
      "any_of_the"),
-    ("recipes/checkpoints.py", "        if end in shown:\n", "        if False:\n", "template_ends_it"),
+    ("recipes/checkpoints.py", "        if end in shown:\n", "        if False:\n", "templates_own_text"),
     ("recipes/checkpoints.py", "    return ids_of(tokenizer, shown)\n",
      '    return tokenizer(shown, add_special_tokens=first)["input_ids"]\n', "begins_once", "test_amft.py"),
     ("recipes/checkpoints.py", '    if shown.endswith(" "):\n', "    if False:\n", "written_twice"),
@@ -247,9 +254,10 @@ MUTANTS = [
     ("recipes/checkpoints.py", "if not grad.isfinite().all():", "if grad is None:", "cannot_be"),
     ("recipes/checkpoints.py", "if max(used, default=0) >= rows:", "if False:", "cannot_be"),
     ("amft.py", "return x.to(torch.promote_types(x.dtype, torch.float32))", "return x", "bf16 or one_copy", MODELS),
-    ("recipes/large.py", "ctx.function(x, i), x, g)[0])", "ctx.function(x, i), x, g)[0] * 1.01)", "one_copy"),
+    ("recipes/large.py", "ctx.function(x, i), x, g)[0])", "ctx.function(x, i), x, g)[0] * 1.01)",
+     "one_copy or rows_of_logits"),
     ("recipes/large.py", "(x, i) for x, i in InParts.few(logits, ids)]", "(x, i) for x, i in [(logits, ids)] * 2]",
-     "one_copy"),
+     "one_copy or rows_of_logits"),
     ("recipes/checkpoints.py", "layer.training = torch.is_grad_enabled()", "layer.train(torch.is_grad_enabled())",
      "checkpointing_changes"),
     ("recipes/checkpoints.py", "layer.training = torch.is_grad_enabled()", "layer.training = True",
@@ -259,12 +267,12 @@ MUTANTS = [
     ("amft.py", "return at_least_float32(parameters_to_vector(model.parameters()).detach())",
      "return parameters_to_vector(model.parameters()).detach()", "bf16", MODELS),
     ("amft.py", "vector_to_parameters(theta.to(model.dtype),", "vector_to_parameters(theta,", "bf16", MODELS),
-    ("amft.py", "logits = at_least_float32(logits) / temperature", "logits = logits / temperature", "of_bf16 or bf16", MODELS),
+    ("amft.py", "logits = at_least_float32(logits) / temperature", "logits = logits / temperature", "bf16", MODELS),
     # a reader's problems
     ("recipes/problems.py", '.decode("utf-8-sig").split("\\n")', '.decode("utf-8-sig").splitlines()', "newlines_alone"),
     ("recipes/problems.py", '"utf-8-sig"', '"utf-8"', "newlines_alone"),
     ("recipes/checkpoints.py", "for episode in examples:", "for episode in examples[:1]:", "every_length", PROBLEMS),
-    ("recipes/checkpoints.py", "max_new_tokens and not episode.exam:", "max_new_tokens:", "solution_is_not", PROBLEMS),
+    ("recipes/checkpoints.py", "max_new_tokens and not episode.exam:", "max_new_tokens:", "need_not_fit", PROBLEMS),
     ("recipes/checkpoints.py", "if len(prompt) + max_new_tokens > room:", "if len(prompt) > room:", "every_length",
      PROBLEMS),
     ("recipes/checkpoints.py", "if tokenizer.unk_token_id in used", "if None in used", "unknown", PROBLEMS),
@@ -281,8 +289,8 @@ MUTANTS = [
      "without_replacement"),
     ("recipes/problems.py", "sample(own, min(n, len(own)))", "choices(own, k=min(n, len(own)))", "only_evaluated"),
     # the rivals
-    ("compare/rivals.py", "return p * (1 - p)", "return p", "coefficients_of_probable"),
-    ("compare/rivals.py", "p * gamma / (p + gamma) ** 2", "p * gamma / (p + gamma)", "coefficients_of_probable"),
+    ("compare/rivals.py", "return p * (1 - p)", "return p", "tokens_weight"),
+    ("compare/rivals.py", "p * gamma / (p + gamma) ** 2", "p * gamma / (p + gamma)", "tokens_weight"),
     ("compare/rivals.py", 'warmup=0, imitation="rectified")', "warmup=0)", "published and dft"),
     ("compare/rivals.py", "* p * gamma / (p + gamma) ** 2", "* p / (p + gamma)", "published and luffy"),
     ("compare/rivals.py", "1 / (self.config.samples + 1)", "1 / self.config.samples", "published and luffy"),
@@ -303,8 +311,8 @@ MUTANTS = [
     ("compare/rivals.py", "draw >= self.last /", "draw < self.last /", "sasr_by_hand"),
     ("compare/rivals.py", "        if self.warms_up(step.t):\n", "        if True:\n", "sasr_by_hand"),
     ("compare/rivals.py", "zip(self.chosen, solved) if not one]", "zip(self.chosen, solved) if one]",
-     "relift_buffers"),
-    ("compare/rivals.py", "self.waiting = self.waiting[self.config.sft_batch:]", "self.waiting = ()", "relift_buffers"),
+     "relift_keeps"),
+    ("compare/rivals.py", "self.waiting = self.waiting[self.config.sft_batch:]", "self.waiting = ()", "relift_keeps"),
     ("compare/rivals.py", "(1 + math.cos(", "(1 - math.cos(", "cosine_by_hand"),
     ("compare/rivals.py", "(step.t - 1) / max(self.config.steps - 1, 1)", "step.t / self.config.steps",
      "cosine_by_hand"),
@@ -320,13 +328,14 @@ MUTANTS = [
     ("recipes/parallel.py", "return total(grad), total(logps)", "return grad, total(logps)", "two_ranks"),
     ("recipes/parallel.py", "return total(grad), total(logps)", "return total(grad), logps", "two_ranks"),
     ("recipes/parallel.py", "order = torch.tensor(place).argsort()", "order = torch.arange(len(place))", "two_ranks"),
-    ("recipes/parallel.py", "left = S - right", "left = 0 * S - 0 * right", "two_ranks"),
+    ("recipes/parallel.py", "pad(x, (left, right), value=value)", "pad(x, (0, left + right), value=value)",
+     "two_ranks or joined_conv"),
     ("recipes/parallel.py", "for part in parts], tokens)", "for part in parts], turns)", "joined_conv"),
     ("recipes/parallel.py", "P * (P - 1) * error ** 2 + P * mean ** 2", "P * (P - 1) * error ** 2", "two_ranks"),
     ("recipes/parallel.py", "return None, total(states)", "return None, states", "two_ranks"),
-    ("recipes/parallel.py", "        result = super().restore(*args)\n",
-     "        result = super().restore(*args[:1], None, args[2])\n", "ranks_of_a_run"),
-    ("recipes/parallel.py", "set(everyones((bits, s.mu)))", "set(everyones(s.mu))", "one_line"),
+    ("recipes/parallel.py", "if RANK == 0 else restore(*args)", "if RANK == 0 else args[:2]", "broken_run_goes_on"),
+    ("recipes/parallel.py", "if len(set(bits)) > 1 or len(set(mu)) > 1:", "if len(set(mu)) > 1:", "one_line"),
+    ("recipes/parallel.py", "if len(set(bits)) > 1 or len(set(mu)) > 1:", "if len(set(bits)) > 1:", "one_line"),
     ("recipes/parallel.py", 'if store.add("said", 1) == 1 and line:', "if line:", "one_line"),
     # the tasks
     ("tasks.py", "if sorted(used) != sorted(self.numbers):", "if set(used) != set(self.numbers):",
@@ -401,6 +410,7 @@ def imported_once():
                  "transformers.generation.utils", "transformers.models.auto", "transformers.models.gpt2.modeling_gpt2",
                  "transformers.models.llama.modeling_llama", "transformers.models.llava.modeling_llava"):
         importlib.import_module(name)
+    gc.freeze()  # nothing of it is looked through again at the end of each test process
 
 
 def pytest_of(copy, files, *argv):
@@ -428,7 +438,7 @@ def run_here(copy, output, argv):
     import pytest
     code = 3
     try:
-        code = int(pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(copy), *argv]))
+        code = int(pytest.main(["-q", "-p", "no:cacheprovider", "--assert=plain", "--rootdir", str(copy), *argv]))
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -485,7 +495,7 @@ def main():
     if arguments.check:
         sys.exit(check(bugs))
     sys.dont_write_bytecode = True  # two bugs of one size in one second would share their bytecode
-    os.environ.update(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+    os.environ.update(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     imported_once()
     counts = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,12 @@
 """Speed, side by side in one process: our RL-only step against TRL's GRPOTrainer. (Of the methods: cost.py.)
 
     pip install trl==1.16.0 && python benchmarks/speed.py
+    python benchmarks/speed.py --device cpu --steps 12
 
-Same base policy, same prompts, same sampling (32 prompts x 8 samples, temperature 1, at most 40 tokens, one optimiser
-step each), the two alternating step by step so that a noisy machine disturbs both alike. Learning rates are 0: the
-policy stays the base, every step is a draw of the same work, and the two mean rewards must agree, which shows that
-both sample and grade the same thing.
+Same base policy, same prompts, same sampling (32 prompts x 8 samples, temperature 1, at most 40 tokens,
+one optimiser step each), the two alternating step by step so that a noisy machine disturbs both alike.
+Learning rates are 0: the policy stays the base, every step is a draw of the same work, and the two mean
+rewards must agree, which shows that both sample and grade the same thing. Without TRL: ours alone.
 """
 
 import argparse
@@ -17,41 +18,57 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.utils import vector_to_parameters
+import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
-from tasks import RULE_10, Deal, GeneralPoints, load_policy  # noqa: E402
+from harness.loading import device_of  # noqa: E402
+from tasks import RULE_10, Deal, GeneralPoints  # noqa: E402
+
+
+def where(device):
+    """The device, the versions and the threads, in a line."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else device
+    return (f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"{torch.get_num_threads()} threads")
+
+
+def finish_work(device):
+    """Wait for what a GPU still does."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
 
 class Ours:
     """Our steps on a policy that never moves."""
 
     def __init__(self, episodes, **settings):
-        self.config = amft.Config(device="cpu", lr=0.0, **settings)
-        self.task, self.rng, self.episodes = GeneralPoints(), random.Random(0), episodes
-        self.model, self.tokenizer = load_policy(self.config, self.task)
+        self.config = amft.Config(lr=0.0, **settings)
+        self.task = GeneralPoints()
+        self.rng = random.Random(0)
+        self.episodes = episodes
+        self.model, self.tokenizer = amft.load_policy(self.config, self.task, amft)
         self.theta = amft.flatten(self.model)
         self.adam = amft.AdamState(torch.zeros_like(self.theta), torch.ones_like(self.theta), 1)
         self.rewards = []
 
-    def draw(self):
-        return self.rng.sample(self.episodes, self.config.prompts)
-
     def rl_step(self):
-        c = self.config
-        rollouts = amft.rollout(self.model, self.tokenizer, self.draw(), c.samples, c.max_new_tokens, c.temperature)
+        config = self.config
+        prompts = self.rng.sample(self.episodes, config.prompts)
+        rollouts = amft.rollout(self.model, self.tokenizer, prompts, config.samples,
+                                config.max_new_tokens, config.temperature)
         self.rewards.append(rollouts.success.mean().item())
-        advantages = amft.advantages_of(self.model, None, rollouts, c)
-        gradient = amft.rl_gradient(self.model, rollouts.batch, advantages, c)[0]
+        advantages = amft.advantages_of(self.model, None, rollouts, config)
+        gradient, _, _ = amft.rl_gradient(self.model, rollouts.batch, advantages, config)
         self.theta, _ = amft.adamw_step(self.theta, gradient, self.adam, lr=0.0)
-        vector_to_parameters(self.theta, self.model.parameters())
+        amft.set_theta(self.model, self.theta)
 
-
-def timed(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    def timed_step(self):
+        """Its seconds."""
+        start = time.perf_counter()
+        self.rl_step()
+        finish_work(self.config.device)
+        return time.perf_counter() - start
 
 
 def against_trl(ours, steps):
@@ -59,62 +76,86 @@ def against_trl(ours, steps):
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
+    our_seconds, trl_seconds, trl_rewards = [], [], []
 
     class Alternate(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             self.start = time.perf_counter()
 
         def on_step_end(self, *args, **kwargs):
+            finish_work(ours.config.device)
             trl_seconds.append(time.perf_counter() - self.start)
-            our_seconds.append(timed(ours.rl_step))
+            our_seconds.append(ours.timed_step())
 
     def reward(prompts, completions, numbers, **kwargs):
-        deals = [Deal(ranks=(), stated=RULE_10, numbers=tuple(n), formula="") for n in numbers]
-        values = [float(deal.grade(text) == "correct") for deal, text in zip(deals, completions)]
+        values = []
+        for own, text in zip(numbers, completions):
+            deal = Deal(ranks=(), stated=RULE_10, numbers=tuple(own), formula="")
+            values.append(float(deal.grade(text) == "correct"))
         trl_rewards.append(statistics.mean(values))
         return values
 
-    trl_seconds, our_seconds, trl_rewards = [], [], []
-    model, tokenizer = load_policy(ours.config, ours.task)
+    config = ours.config
+    model, tokenizer = amft.load_policy(config, ours.task, amft)
+    rows = [dict(prompt=deal.prompt, numbers=list(deal.numbers)) for deal in ours.episodes]
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder, use_cpu=True, bf16=False, learning_rate=0.0, max_steps=steps, beta=0.0, temperature=1.0,
-            per_device_train_batch_size=ours.config.prompts * ours.config.samples, gradient_checkpointing=False,
-            num_generations=ours.config.samples, max_completion_length=ours.config.max_new_tokens, top_k=0, top_p=1.0,
-            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
-        data = Dataset.from_list([dict(prompt=e.prompt, numbers=list(e.numbers)) for e in ours.episodes])
-        GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer,
-                    callbacks=[Alternate()]).train()
+        how = GRPOConfig(
+            output_dir=folder, use_cpu=config.device == "cpu", bf16=False, learning_rate=0.0,
+            max_steps=steps, beta=0.0, temperature=1.0, top_k=0, top_p=1.0,
+            per_device_train_batch_size=config.prompts * config.samples,
+            num_generations=config.samples, max_completion_length=config.max_new_tokens,
+            gradient_checkpointing=False, report_to="none", save_strategy="no",
+            logging_strategy="no", disable_tqdm=True)
+        trainer = GRPOTrainer(
+            model=model, reward_funcs=reward, args=how, train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer, callbacks=[Alternate()])
+        trainer.train()
     return our_seconds, trl_seconds, trl_rewards
 
 
 def show(name, seconds):
-    quartiles = statistics.quantiles(seconds, n=4)
-    print(f"{name:24} median {quartiles[1]:.3f} s  (quartiles {quartiles[0]:.3f}, {quartiles[2]:.3f}; n = {len(seconds)})")
-    return quartiles[1]
+    """Print their median and quartiles; the median."""
+    median = statistics.median(seconds)
+    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [median] * 3
+    print(f"{name:24} median {median:.3f} s  "
+          f"(quartiles {low:.3f}, {high:.3f}; n = {len(seconds)})")
+    return median
+
+
+def show_rewards(name, rewards):
+    error = statistics.stdev(rewards) / len(rewards) ** 0.5 if len(rewards) > 1 else float("nan")
+    print(f"mean reward, {name}: {statistics.mean(rewards):.4f} +- {error:.4f}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="steps of each kind")
-    steps = parser.parse_args().steps
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="steps of each kind, at least 1")
+    parser.add_argument("--device", default="auto", help="auto: the first here of cuda, mps, cpu")
+    args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: must be at least 1")
+    try:
+        device = device_of(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     rng, task = random.Random(1), GeneralPoints()
     episodes = [task.sample("train", rng) for _ in range(2000)]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-
-    ours = Ours(episodes, advantage="group")  # the group-relative baseline, as TRL's
-    ours.rl_step()  # warm the caches
+    ours = Ours(episodes, device=device, advantage="group")  # the group baseline, as TRL's
+    print(where(device))
+    ours.rl_step()  # warms the caches
     ours.rewards.clear()
     try:
-        our_seconds, trl_seconds, trl_rewards = against_trl(ours, steps)
+        our_seconds, trl_seconds, trl_rewards = against_trl(ours, args.steps)
     except ImportError:
-        show("our RL-only step", [timed(ours.rl_step) for _ in range(steps)])
-        sys.exit("no TRL here: pip install trl==1.16.0")
-    ratio = show("TRL GRPOTrainer step", trl_seconds[1:]) / show("our RL-only step", our_seconds[1:])
-    print(f"TRL seconds / ours: {ratio:.2f}")
-    for name, rewards in (("TRL", trl_rewards), ("ours", ours.rewards)):
-        error = statistics.stdev(rewards) / len(rewards) ** 0.5
-        print(f"mean reward, {name}: {statistics.mean(rewards):.4f} +- {error:.4f}")
+        show("our RL-only step", [ours.timed_step() for _ in range(args.steps)])
+        sys.exit("no TRL here to compare with: pip install trl==1.16.0")
+    warm = slice(1, None) if args.steps > 1 else slice(None)  # TRL's first step warms its caches
+    trl = show("TRL GRPOTrainer step", trl_seconds[warm])
+    own = show("our RL-only step", our_seconds[warm])
+    print(f"TRL seconds / ours: {trl / own:.2f}")
+    show_rewards("TRL", trl_rewards)
+    show_rewards("ours", ours.rewards)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,8 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from compare.logs import RECORDED, RUNS, Study, collect, flags_of, recorded  # noqa: E402
 from compare.matrix import run_all  # noqa: E402
+from compare.plot import NO_MATPLOTLIB, Figure  # noqa: E402
 from compare.tables import interval, markdown, mean_and_half  # noqa: E402
-
-try:
-    from matplotlib.figure import Figure
-except ImportError:  # main says so
-    Figure = None
 
 METHODS = {"sft": "SFT", "rl": "RL", "sft-rl-half": "SFT then RL", "amft": "AMFT"}
 TABLE = {"sft": "SFT", "rl": "RL", "fixed-0.5": "mu fixed at 0.5", "sft-rl-half": "SFT then RL",
@@ -104,7 +100,7 @@ def main():
                         help="draw the recorded runs and run nothing")
     args = parser.parse_args()
     if Figure is None:  # not after minutes of runs
-        sys.exit("four.py: draws with matplotlib, which is not here: pip install matplotlib")
+        sys.exit(f"four.py: {NO_MATPLOTLIB}")
     if args.recorded:
         study = Study(recorded("gp"))
         print(table(study))

@@ -22,6 +22,9 @@ import harness.run  # noqa: E402
 import tasks  # noqa: E402
 from compare import controllers, rivals, snr  # noqa: E402
 
+# torch's own, where it first loads what torch.func.jvp needs
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 METHODS = sorted(set(rivals.METHODS) - set(controllers.CONTROLLERS))  # these: test_controllers.py
 OWN_PROMPTS = {"superrl", "hpt", "dyme", "luffy", "srft"}  # these imitate the step's own prompts
 NO_WARMUP = OWN_PROMPTS | {"sft", "dft", "rl", "relift", "cosine", "chord"}

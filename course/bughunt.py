@@ -528,7 +528,7 @@ def mutants():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     out = []
-    for file, old, new, _ in module.MUTANTS:
+    for file, old, new, *_ in module.MUTANTS:
         if file in FILES and source(file).count(old) == 1:
             line = source(file)[:source(file).index(old)].count("\n") + 1
             text = source(file).replace(old, new)

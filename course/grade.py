@@ -49,7 +49,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE.parent
-BESIDE = ("harness/*.py", "recipes/checkpoints.py", "recipes/large.py", "recipes/problems.py")  # what amft.py imports
 VISIBLE, VERIFIED = 0, range(1, 200)  # seeds; the reference passes with all of them
 SECONDS, MIB = 60, 700  # of one exercise
 TOTAL = 540  # seconds of them all: Gradescope's own limit is 10 minutes
@@ -93,10 +92,21 @@ def exercises():
     return tomllib.loads((HERE / "exercises.toml").read_text())["exercise"]
 
 
+@functools.lru_cache
 def beside():
-    """The files without which amft.py and tasks.py do not run, as names within the repository: no tests."""
-    found = [path for pattern in BESIDE for path in sorted(REFERENCE.glob(pattern))]
-    return [str(path.relative_to(REFERENCE)) for path in found if not path.name.startswith("test_")]
+    """The files that amft.py and tasks.py import, at once or on demand, and those that these import: names of files
+    within the repository."""
+    found, left = set(), {"amft.py", "tasks.py"}
+    while left:
+        name = left.pop()
+        found.add(name)
+        for node in ast.walk(ast.parse((REFERENCE / name).read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:  # of a module, or of a folder of them
+                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            files = {f"{module.replace('.', '/')}.py" for module in modules}
+            left |= {file for file in files if (REFERENCE / file).exists()} - found
+    return sorted(found - {"amft.py", "tasks.py"})
 
 
 def functions_in(tree, prefix=""):

@@ -9,7 +9,6 @@ import ast
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from functools import lru_cache
@@ -329,30 +328,20 @@ def test_the_handout_states_the_facts_of_the_table():
         assert name in text, name
 
 
-def imports_of_a_run():
-    """Files of the repository that amft.py, tasks.py and what they import name in an import, at once or on demand."""
-    seen, left = set(), {"amft.py", "tasks.py"}
-    while left:
-        name = left.pop()
-        seen.add(name)
-        for node in ast.walk(ast.parse((HERE.parent / name).read_text())):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
-            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            paths = {f"{module.replace('.', '/')}.py" for module in modules}
-            left |= {path for path in paths if (HERE.parent / path).exists()} - seen
-    return seen
+NEEDED = {"harness/arguments.py", "harness/cache.py", "harness/loading.py", "harness/memory.py", "harness/pictures.py",
+          "harness/run.py", "harness/screen.py", "harness/value.py", "recipes/checkpoints.py", "recipes/large.py",
+          "recipes/problems.py"}
 
 
 def test_what_amft_imports_goes_with_it():
-    """A file of harness/ or recipes/ that a run needs and a student's folder, a hunt or the autograder would lack."""
-    needed = imports_of_a_run() - {"amft.py", "tasks.py"}
-    assert "harness/memory.py" in needed and needed <= set(grade.beside())
-    assert not [name for name in grade.beside() if "test_" in name]
+    """A file that a run imports, perhaps on demand, and that student, hunt and autograder would lack; or too many."""
+    assert NEEDED <= set(grade.beside())
+    assert not [name for name in grade.beside() if "test_" in name or not name.startswith(("harness/", "recipes/"))]
 
 
-def run_of(folder, *flags):
-    """A run of a folder's own amft.py, as a student starts it: nothing of the repository is on its path."""
-    return subprocess.run([sys.executable, "amft.py", "--device", "cpu", *flags], cwd=folder, capture_output=True, text=True,
+def python(folder, *words):
+    """What a student starts in the folder: nothing of the repository is on its path."""
+    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
 
 
@@ -360,8 +349,11 @@ def test_a_folder_that_is_solved_runs(tmp_path):
     """A kit whose amft.py does not find what it imports: also a recipe, which other tokens than the usual 40 ask for."""
     make_student.make(tmp_path / "student", upto=11)
     flags = "--out run --steps 1 --prompts 2 --samples 2 --sft-batch 2 --demos 4 --eval-n 1 --max-new-tokens 41"
-    done = run_of(tmp_path / "student", *flags.split())
+    done = python(tmp_path / "student", "amft.py", "--device", "cpu", *flags.split())
     assert done.returncode == 0, done.stderr
+    recipes = ", ".join(path.stem for path in (tmp_path / "student" / "recipes").glob("*.py"))
+    done = python(tmp_path / "student", "-c", f"from recipes import {recipes}")
+    assert "problems" in recipes and done.returncode == 0, done.stderr
     assert '"final"' in (tmp_path / "student" / "run" / "metrics.jsonl").read_text()
 
 
@@ -372,11 +364,11 @@ def test_a_students_folder(tmp_path):
     assert make_student.check(out, solution=SLOW) == []
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert {"amft.py", "tasks.py", "requirements.txt", "test_exercises.py", "conftest.py", "exercises.toml",
-            "base/model.safetensors", "handout.md", "written.md", "toy.py", "meta-gradient.png", *imports_of_a_run()} <= files
+            "base/model.safetensors", "handout.md", "written.md", "toy.py", "meta-gradient.png", *NEEDED} <= files
     for name in ("handout.md", "written.md"):  # every file that they name is there
         for linked in re.findall(r"\]\(([^)]+)\)", (out / name).read_text()):
             assert linked in files, linked
-    assert not [name for name in files if re.search("mutants|recorded|metrics|grade|answers|instructor|test_amft|test_course|[.]git", name)]
+    assert not [name for name in files if re.search("mutants|recorded|metrics|grade|answers.md|instructor|test_amft|test_course|[.]git", name)]
     hidden = [name for e in EXERCISES.values() for name in e["hidden"]]
     assert hidden and not any(name in (out / file).read_text() for name in hidden for file in ("test_exercises.py", "exercises.toml"))
     for module, source in SOURCES.items():
@@ -673,7 +665,7 @@ def test_gradescopes_zip_holds_what_the_grader_needs(tmp_path):
     """A zip that leaves out what amft.py imports, or the scripts that Gradescope runs."""
     make_student.make_autograder(tmp_path / "source")
     files = {str(path.relative_to(tmp_path / "source")) for path in (tmp_path / "source").rglob("*.*")}
-    assert {"setup.sh", "requirements.txt", "course/exercises.toml", *imports_of_a_run()} <= files
+    assert {"setup.sh", "requirements.txt", "course/exercises.toml", "amft.py", "tasks.py", *NEEDED} <= files
     assert os.access(tmp_path / "source" / "run_autograder", os.X_OK)
     assert not [name for name in files if re.match("test_|(harness|recipes)/(.*/)?test_", name)]
 

@@ -158,6 +158,15 @@ def handed_out(tmp_path_factory):
     return folder
 
 
+def test_a_hunts_folder_runs_by_itself(handed_out):
+    """A folder whose amft.py does not find what it imports, or finds it in the repository only."""
+    assert all((handed_out / "ada" / name).exists() for name in bughunt.beside())
+    words = "import amft, harness.memory; from recipes import large; print(amft.by_slices.__code__.co_filename, large.__file__)"
+    done = subprocess.run([sys.executable, "-c", words], cwd=handed_out / "ada", capture_output=True, text=True,
+                          env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    assert done.stdout.split() == [str(handed_out / "ada" / name) for name in ("harness/memory.py", "recipes/large.py")], done
+
+
 def graded(folder, *flags):
     done = command("grade", folder / "ada", "--student", "ada", "--private", folder / "private.py", "--out", folder / "results.json", *flags)
     assert done.returncode == 0, done.stderr

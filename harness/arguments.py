@@ -31,7 +31,7 @@ class RunConfig:
     steps: int = flag(100, "in all, the warm-up's included", 1)
     seed: int = flag(0, "same seed, same CPU: same log", 0, 2 ** 62)
     model: str = flag("base", "checkpoint folder or hub name; base: the one here")
-    data: str = flag("", "math: your problems, .jsonl: prompt, solution, answer")
+    data: str = flag("", "math: your problems, .jsonl (prompt, solution, answer) or .py")
     data_test: str = flag("", "math: more of them, only evaluated")
     eval_n: int = flag(400, "episodes of a split, at most", 1)
     val_every: int = flag(0, "steps between evaluations on val; 0: none", 0)

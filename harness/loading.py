@@ -41,6 +41,9 @@ def load_policy(config: Any, task: Any, core: Any, learns: bool = True) -> tuple
         text = (str(error).splitlines() or [type(error).__name__])[0][:200]
         if text.startswith("--"):  # it says which flag is wrong
             raise ValueError(text)
+        if config.model == "base" and (config.data or config.data_test):
+            raise ValueError(f"--model base: knows the words of its own tasks alone ({text}); for a file's problems "
+                             "pass --model, a checkpoint")
         eyes = "vision-language " if sees else ""
         raise ValueError(f"--model {config.model}: not a {eyes}checkpoint for {config.task} ({text})")
     if config.device == "cpu" and model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:

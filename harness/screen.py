@@ -10,7 +10,7 @@ from tqdm import tqdm
 EVERY = 10  # steps that share a line
 COLUMNS = {"mu": "mu", "success": "success", "entropy": "entropy", "sft_loss": "sft_loss", "rl_loss": "rl_loss",
            "grad_norm": "grad", "zero_adv": "zero_adv"}  # key of a step's row: heading
-NOTE = "(rl_loss is near 0 and that is right: where the ratio is 1 the advantages sum to 0; its gradient does not)"
+NOTE = "(rl_loss near 0 is right: where the ratio is 1 the advantages nearly cancel; their gradients do not)"
 WORDS = {"val": "validation", "id": "training problems", "heldout": "unseen problems", "ood_rule": "changed rule",
          "ood_rule_hard": "changed rule, told otherwise", "ood_small": "another rule, small", "ood_visual": "changed look",
          "ood_length": "longer problems", "fake": "a rule that is not graded", "test": "the test file"}

@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -49,7 +48,8 @@ def tiny_eyes(tmp_path_factory, tokenizer):
     torch.manual_seed(SEED)
     folder = tmp_path_factory.mktemp("eyes")
     config = LlavaConfig.from_pretrained(ROOT / "base-vl")
-    for part in (config.text_config, config.vision_config):
+    parts = (config.text_config, config.vision_config)
+    for part in parts:
         part.hidden_size = 12
         part.intermediate_size = 16
         part.num_attention_heads = 2
@@ -96,7 +96,7 @@ def nearest(seen, templates):
 
 
 def test_a_nearest_template_reader_recovers_every_card_in_black_and_red():
-    """Cards that look alike, that lie in another order, or whose ink is another than their suit's."""
+    """Cards that look alike, lie in another order, or have another ink than their suit's."""
     rank_of = {}
     for rank in tasks.RANKS:
         card = cards_of(tasks.draw_cards((rank,) * 4, "SSSS"))[0]
@@ -115,8 +115,9 @@ def test_a_nearest_template_reader_recovers_every_card_in_black_and_red():
         for rank, suit, card in zip(ranks, chosen, cards_of(picture)):
             assert nearest(marks(card)[:12], rank_of) == rank
             assert nearest(marks(card)[12:], pip_of) == suit
-            ink = card[3:22, 5:20][marks(card)[1:, 1:][:19, :15]].mean(0)
-            assert (ink[0] > 100) == (suit in "HD")
+            inner = card[3:22, 5:20]
+            red = inner[marks(card)[1:, 1:][:19, :15]].mean(0)[0]
+            assert (red > 100) == (suit in "HD")
             seen.add((rank, suit))
     assert len(seen) == 52
 
@@ -131,9 +132,11 @@ def read_sign(picture, place, style):
     top = VIEWS[view][0] + 5
     left = VIEWS[view][1] + 8 + 7 * offset
     patch = picture[top:top + 7, left:left + 7]
+    ink = np.array(style.ink, float)
+    board = np.array(style.sign, float)
     fits = []
     for name, sign in tasks.signs().items():
-        expected = np.where(sign[..., None], np.array(style.ink, float), np.array(style.sign, float))
+        expected = np.where(sign[..., None], ink, board)
         fits.append((abs(patch - expected).mean(), name))
     return min(fits)
 
@@ -163,8 +166,9 @@ def test_cards_are_in_the_picture_alone(split):
         assert deal.image.shape == (48, 48, 3)
         wrong = json.loads(deal.expert)
         wrong["cards"][3] = "A" if wrong["cards"][3] != "A" else "K"
-        assert deal.grade(json.dumps(wrong)) == "wrong_cards"
-        assert not deal.recognised(json.dumps(wrong))
+        response = json.dumps(wrong)
+        assert deal.grade(response) == "wrong_cards"
+        assert not deal.recognised(response)
 
 
 @pytest.mark.parametrize("split", ["train", *tasks.VIRLPictures.splits])
@@ -260,9 +264,10 @@ def test_a_conversation_has_its_pictures_in_reading_order():
         assert np.array_equal(images, views_of(route))
     rollouts = amft.rollout(model, tokenizer, routes, 4, config.max_new_tokens)
     assert len({episode.point for episode in rollouts.episodes}) > 1
-    for i, (episode, images) in enumerate(zip(rollouts.episodes, rollouts.batch.images)):
+    for row, episode in enumerate(rollouts.episodes):
         seen = episode.point + (not episode.success)  # a stop's is shown once, not at its retries
-        assert np.array_equal(images, views_of(routes[i // 4])[:seen])
+        expected = views_of(routes[row // 4])[:seen]
+        assert np.array_equal(rollouts.batch.images[row], expected)
 
 
 def test_every_picture_has_its_tokens():
@@ -289,15 +294,25 @@ def test_every_task_with_pictures_runs(name, tiny_eyes, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks.TASKS[name], "splits", splits)
     out = tmp_path / name
     amft.main([
-        "--task", name, "--smoke", "--model", tiny_eyes, "--out", str(out), "--device", "cpu",
-        "--max-new-tokens", "60", "--prompts", "3", "--steps", "3", "--warmup", "1",
-        "--eval-n", "4", "--meta-every", "2"])
+        "--task", name,
+        "--smoke",
+        "--model", tiny_eyes,
+        "--out", str(out),
+        "--device", "cpu",
+        "--max-new-tokens", "60",
+        "--prompts", "3",
+        "--steps", "3",
+        "--warmup", "1",
+        "--eval-n", "4",
+        "--meta-every", "2"])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     kinds = Counter(row["kind"] for row in rows)
     assert kinds == {"config": 1, "step": 3, "eval": 2 * len(splits), "final": 1}
     assert "val" in splits
-    assert "meta_grad" in [row for row in rows if row["kind"] == "step"][-1]
-    for row in [row for row in rows if row["kind"] == "eval"]:
+    steps = [row for row in rows if row["kind"] == "step"]
+    evals = [row for row in rows if row["kind"] == "eval"]
+    assert "meta_grad" in steps[-1]
+    for row in evals:
         assert "recognition" in row and ("step_accuracy" in row) == (name == "virl-vl")
         shares = [row[key] for key in ("step_accuracy", "first_try", "recognition") if key in row]
         assert all(0 <= low <= share <= high <= 1 for share, low, high in shares)
@@ -315,8 +330,11 @@ def torch_step(model, grad, state, lr, max_norm):
     model = copy.deepcopy(model)
     parameters = list(model.parameters())
     sizes = [p.numel() for p in parameters]
+    ms = state.m.split(sizes)
+    vs = state.v.split(sizes)
+    grads = grad.split(sizes)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    for p, m, v, g in zip(parameters, *(x.split(sizes) for x in (state.m, state.v, grad))):
+    for p, m, v, g in zip(parameters, ms, vs, grads):
         p.grad = g.view_as(p).clone()
         optimizer.state[p] = dict(
             step=torch.tensor(float(state.step)),
@@ -338,8 +356,8 @@ def in_float64(monkeypatch):
 
 
 def test_meta_gradient_of_a_policy_with_eyes(tiny_eyes, tokenizer, in_float64):
-    """dU/dmu that is not the finite difference of the exact U over every response of one token,
-    given pictures, through torch's own clipping and AdamW."""
+    """dU/dmu that is not the finite difference of the exact U through torch's own step."""
+    # U is over every response of one token to three prompts with a picture.
     task = tasks.GeneralPointsPictures()
     config = amft.Config(task="gp-vl", device="cpu", model=tiny_eyes, max_new_tokens=60)
     model, _ = loading.load_policy(config, task, amft)
@@ -354,8 +372,9 @@ def test_meta_gradient_of_a_policy_with_eyes(tiny_eyes, tokenizer, in_float64):
         """log pi of every response of one token to every prompt, (3, V)."""
         logps = []
         for ids, deal in zip(prompts, deals):
-            pixels = torch.tensor(deal.image.transpose(2, 0, 1)[None]).double() / 127.5 - 1
-            logits = model(input_ids=ids.unsqueeze(0), pixel_values=pixels).logits
+            picture = torch.tensor(deal.image.transpose(2, 0, 1))
+            pixels = picture.double() / 127.5 - 1
+            logits = model(input_ids=ids.unsqueeze(0), pixel_values=pixels.unsqueeze(0)).logits
             logps.append(logits[0, -1].log_softmax(-1))
         return torch.stack(logps)
 
@@ -366,7 +385,8 @@ def test_meta_gradient_of_a_policy_with_eyes(tiny_eyes, tokenizer, in_float64):
         theta, state = amft.adamw_step(theta, noise, state, lr=1e-3, max_norm=1e9)
     vector_to_parameters(theta.clone(), model.parameters())
     g_rl = -flat_grad((exact(model).exp() * other).sum(), model)
-    g_sft = -flat_grad(exact(model)[range(3), [5, 6, 7]].sum(), model)
+    of_demos = exact(model)[range(3), [5, 6, 7]]
+    g_sft = -flat_grad(of_demos.sum(), model)
     how = dict(lr=0.02, max_norm=0.5)
     mu = 0.4
     h = 1e-3
@@ -387,11 +407,16 @@ def test_meta_gradient_of_a_policy_with_eyes(tiny_eyes, tokenizer, in_float64):
     words = [word for word in range(vocabulary) if word != banned]
     actual = 0.0
     for ids, deal, r in zip(prompts, deals, reward):
-        rows = torch.cat([ids.expand(len(words), -1), torch.tensor(words).unsqueeze(1)], 1)
+        n = len(words)
+        rows = torch.cat([ids.expand(n, -1), torch.tensor(words).unsqueeze(1)], 1)
         batch = amft.Batch(
-            rows, torch.ones_like(rows), torch.ones(len(words), 1), [[deal.image]] * len(words))
+            input_ids=rows,
+            attention_mask=torch.ones_like(rows),
+            response_mask=torch.ones(n, 1),
+            images=[[deal.image]] * n)
         logps = amft.logps_of(model, batch).squeeze(1)
-        score = flat_grad((logps.exp().detach() * r[words] * logps).sum(), model)
+        weights = logps.exp().detach() * r[words]
+        score = flat_grad((weights * logps).sum(), model)
         actual += (score @ d_theta).item() / 3
     size = (score.norm() * d_theta.norm()).item()
     assert size > 0

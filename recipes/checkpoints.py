@@ -133,8 +133,8 @@ def check_texts(core: Any, model: Any, tokenizer: Any, task: Any, max_new_tokens
             raise ValueError(f"its tokenizer has tokens that the model lacks, which has {rows}")
         if len(prompt) + max_new_tokens > room:
             raise ValueError(
-                f"{episode.source or 'a prompt'} has {len(prompt)} tokens, with --max-new-tokens "
-                f"{max_new_tokens} more than the model's {room}")
+                f"--max-new-tokens {max_new_tokens}: too many beside the {len(prompt)} tokens of "
+                f"{episode.source or 'a prompt'}; the model has room for {room}")
         length = max(map(len, responses)) + 1
         if length > max_new_tokens and not episode.exam:
             long.append(episode.source)

@@ -1,24 +1,27 @@
-"""amft.py on several GPUs of one machine (or several processes on its CPU): the same flags, started by torchrun.
+"""amft.py on several GPUs of one machine (or several processes on its CPU), by torchrun.
 
     torchrun --nproc-per-node 8 recipes/parallel.py --task math --data my.jsonl --model hub/name
     torchrun --nproc-per-node 2 recipes/parallel.py --task gp --smoke --device cpu
-    torchrun --nproc-per-node 8 recipes/parallel.py --resume runs/math      # also with another number of processes
+    torchrun --nproc-per-node 8 recipes/parallel.py --resume runs/math  # or another number of them
 
-Every process, a rank, has the whole policy, theta and Adam's state. Shared out are
-    the episodes: a rank plays its share, with random numbers of its own, and all get all conversations   (rollout)
-    the rows of both losses: a rank's share of the gradient, summed over ranks                      (loss_gradient)
-    the validation prompts' backward passes                                                         (meta_gradient)
-    the passes that read the value function's features                                                    (outputs)
-The rest every rank computes alike, of the same numbers: all have one mu, one theta and one log, bit for bit, which is
-looked at after each step. Rank 0 alone writes the run's folder and prints. amft.py knows nothing of this: its functions
-are replaced here, one by one. Samples differ from those of `python amft.py` with the same seed, and with the number of
-ranks; the same command gives the same log, also across a kill and a resume.
+The flags are amft.py's. Every process, a rank, has the whole policy, theta and Adam's state. Shared
+out are
+    the episodes: a rank plays its share, with random numbers of its own, and all get all (rollout)
+    the rows of both losses: a rank's share of the gradient, summed over ranks      (loss_gradient)
+    the validation prompts' backward passes                                         (meta_gradient)
+    the passes that read the value function's features                           (response_outputs)
+The rest every rank computes alike, of the same numbers: all have one mu and one theta, bit for bit,
+which is looked at after each step. Rank 0 alone writes the run's folder and prints. amft.py knows
+nothing of this: its functions are replaced here, one by one. Samples differ from those of `python
+amft.py` with the same seed, and with the number of ranks; the same command gives the same log, also
+across a kill and a resume.
 """
 
 import contextlib
 import datetime
 import math
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -30,22 +33,23 @@ from torch.nn.functional import pad
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
+from harness import run as harness  # noqa: E402
+from harness.arguments import METHOD_FLAGS, program  # noqa: E402
+from harness.loading import device_of  # noqa: E402
 
 RANK, WORLD = 0, 1  # set by `start`
 
-
+# --- What the ranks tell each other ---
 def everyones(thing):
     """[thing of rank 0, of rank 1, ...], on every rank. Also a barrier."""
     things = [None] * WORLD
     dist.all_gather_object(things, thing)
     return things
 
-
 def total(x):
     """The sum over ranks, in place: of a tensor, on its own device."""
     dist.all_reduce(x)
     return x
-
 
 def first(function, *args):
     """What rank 0 gets by it, or its error, on every rank; the others do not call it."""
@@ -53,7 +57,7 @@ def first(function, *args):
     if RANK == 0:
         try:
             box = [(function(*args), None)]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             box = [(None, error)]
     dist.broadcast_object_list(box, 0)
     value, error = box[0]
@@ -61,140 +65,168 @@ def first(function, *args):
         raise error
     return value
 
-
 def share(rows):
-    """A rank's own of some rows, every WORLD-th: neighbours are alike, so that all have like work."""
+    """A rank's own of some rows, every WORLD-th: neighbours are alike, so all have like work."""
     return rows[RANK::WORLD]
 
-
 # --- What replaces a function of amft.py: `alone` is the function itself ---
-
-
 def rollout(alone, model, tokenizer, episodes, *how, **more):
-    """amft.rollout of everyone's share of the episodes, put together again in the order of the episodes."""
-    seed, cuda = torch.randint(2 ** 62, ()).item(), model.device.type == "cuda"  # one seed: ranks are still in step
-    with torch.random.fork_rng([torch.cuda.current_device()] if cuda else []):
-        torch.manual_seed(seed + RANK)  # the same numbers on all ranks would make their samples alike
-        mine = alone(model, tokenizer, share(episodes), *how, **more) if share(episodes) else None
-    parts = [part for part in everyones(mine and moved(mine, "cpu")) if part]
-    place = sum((list(range(len(episodes)))[rank::WORLD] for rank in range(WORLD)), [])  # of each one played
+    """amft.rollout of everyone's share of the episodes, together again in the episodes' order."""
+    seed = torch.randint(2 ** 62, ()).item()  # one for all: ranks are still in step
+    devices = [torch.cuda.current_device()] if model.device.type == "cuda" else []
+    own, part = share(episodes), None
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed + RANK)  # the same numbers would make the ranks' samples alike
+        if own:
+            part = moved(alone(model, tokenizer, own, *how, **more), "cpu")
+    parts = [part for part in everyones(part) if part]
+    indices = list(range(len(episodes)))
+    place = sum((indices[rank::WORLD] for rank in range(WORLD)), [])  # of each one that was played
     return moved(joined(parts, place, tokenizer.pad_token_id), model.device)
 
-
 def moved(rollouts, device):
-    batch = rollouts.batch
-    batch = batch._replace(ids=batch.ids.to(device), attention=batch.attention.to(device), mask=batch.mask.to(device),
-                           pixels=[pixels.to(device) for pixels in batch.pixels])
-    return rollouts._replace(batch=batch, success=rollouts.success.to(device), graded=rollouts.graded.to(device))
-
+    batch = rollouts.batch._replace(
+        input_ids=rollouts.batch.input_ids.to(device),
+        attention_mask=rollouts.batch.attention_mask.to(device),
+        response_mask=rollouts.batch.response_mask.to(device))
+    return rollouts._replace(
+        batch=batch, success=rollouts.success.to(device), rewards=rollouts.rewards.to(device))
 
 def joined(parts, place, padding):
-    """One Rollouts of several: widened to the longest prompt (on the left) and the longest rest (on the right).
+    """One Rollouts of several, as wide as the longest prompt (on the left) and rest (on the right).
 
     place: which episode each one is, in the order of the parts."""
-    G, T = parts[0].success.shape[1], max(part.batch.mask.shape[1] for part in parts)
-    S = T + max(part.batch.ids.shape[1] - part.batch.mask.shape[1] for part in parts)
+    batches = [part.batch for part in parts]
+    G = parts[0].success.shape[1]
+    T = max(batch.response_mask.shape[1] for batch in batches)
+    prompt = max(batch.input_ids.shape[1] - batch.response_mask.shape[1] for batch in batches)
     order = torch.tensor(place).argsort()
-    rows = (order.unsqueeze(1) * G + torch.arange(G)).flatten()  # conversations of those episodes
+    rows = (order.unsqueeze(1) * G + torch.arange(G)).flatten()  # those episodes' conversations
 
-    def widened(values, value=0):  # (b, its S or T) each -> (B, S or T)
+    def responses(tensors):  # (b, its T) each -> (B, T)
+        wide = [pad(x, (0, T - x.shape[1])) for x in tensors]
+        return torch.cat(wide)[rows]
+
+    def wholes(tensors, value=0):  # (b, its S) each -> (B, S)
         wide = []
-        for part, x in zip(parts, values):
-            right = T - part.batch.mask.shape[1]
-            left = S - right - x.shape[1] if x.shape[1] == part.batch.ids.shape[1] else 0
+        for batch, x in zip(batches, tensors):
+            right = T - batch.response_mask.shape[1]
+            left = prompt + T - right - x.shape[1]
             wide.append(pad(x, (left, right), value=value))
         return torch.cat(wide)[rows]
 
+    def rearranged(lists):
+        whole = sum(lists, [])
+        return [whole[i] for i in rows.tolist()]
+
     def mean(values, weights):
         return sum(value * weight for value, weight in zip(values, weights)) / sum(weights)
-    pixels, played = (sum((list(x) for x in lists), []) for lists in
-                      ([part.batch.pixels for part in parts], [part.episodes for part in parts]))
-    batch = amft.Batch(widened([part.batch.ids for part in parts], padding),
-                       widened([part.batch.attention for part in parts]),
-                       widened([part.batch.mask for part in parts]), [pixels[i] for i in rows.tolist()])
-    tokens = [part.batch.mask.sum().item() for part in parts]
-    turns = [(pad(part.batch.mask, (1, 0)).diff(dim=1) > 0).sum().item() for part in parts]  # where a response begins
-    return parts[0]._replace(
-        episodes=[played[i] for i in rows.tolist()], batch=batch, success=torch.cat([part.success for part in parts])[order],
-        graded=widened([part.graded for part in parts]), entropy=mean([part.entropy for part in parts], tokens),
+    masks = [batch.response_mask for batch in batches]
+    tokens = [mask.sum().item() for mask in masks]
+    turns = [(pad(mask, (1, 0)).diff(dim=1) > 0).sum().item() for mask in masks]  # their beginnings
+    batch = amft.Batch(
+        input_ids=wholes([batch.input_ids for batch in batches], padding),
+        attention_mask=wholes([batch.attention_mask for batch in batches]),
+        response_mask=responses(masks),
+        images=rearranged([batch.images for batch in batches]))
+    return amft.Rollouts(
+        episodes=rearranged([part.episodes for part in parts]),
+        batch=batch,
+        success=torch.cat([part.success for part in parts])[order],
+        rewards=responses([part.rewards for part in parts]),
+        entropy=mean([part.entropy for part in parts], tokens),
         truncated=mean([part.truncated for part in parts], turns))
 
-
 def loss_gradient(alone, model, batch, used, *rest, **more):
-    """Each rank's rows of those used; a sum over rows, so that the ranks' sums add up, and so do its parts of logps."""
+    """Each rank's rows of those used; sums over rows add up, and so do the parts of logps."""
     own = share((used != 0).any(1).nonzero().squeeze(1))
     mine = torch.zeros_like(used)
     mine[own] = used[own]
     grad, logps, value = alone(model, batch, mine, *rest, **more)
-    return total(grad), total(logps), total(torch.tensor(value, dtype=torch.float64)).item()
+    value = total(torch.tensor(value, dtype=torch.float64)).item()
+    return total(grad), total(logps), value
 
+def meta_gradient(alone, model, d_theta, rollouts, config, advantages=None):
+    """Each rank's prompts of P; of the others its slopes are 0, since their advantages are.
 
-def meta_gradient(alone, model, tangent, rollouts, *rest, **more):
-    """Each rank's prompts of P. To it the others' have no success, so that their slopes are exactly 0: from the mean and
-    the standard error of its P slopes follow their sum and sum of squares, and from all ranks' those of all slopes."""
-    P, mine = len(rollouts.success), torch.zeros_like(rollouts.success)
-    share(mine).copy_(share(rollouts.success))
-    shared, amft.loss_gradient = amft.loss_gradient, amft.loss_gradient.args[0]  # here a prompt's rows stay together
+    From the mean and the standard error of a rank's P slopes follow their sum and their sum of
+    squares, and from all ranks' those of all slopes."""
+    if advantages is None:
+        advantages = amft.group_advantages(rollouts.success)
+    values, scale = advantages
+    P, mine = len(values), torch.zeros_like(values)
+    share(mine).copy_(share(values))
+    shared = amft.loss_gradient
+    amft.loss_gradient = shared.args[0]  # amft's own: a prompt's rows stay together
     try:
-        mean, error = alone(model, tangent, rollouts._replace(success=mine), *rest, **more)
+        mean, error = alone(model, d_theta, rollouts, config, (mine, scale))
     finally:
         amft.loss_gradient = shared
-    sums = torch.tensor([P * mean, P * (P - 1) * error ** 2 + P * mean ** 2], dtype=torch.float64)
+    sums = torch.tensor(
+        [P * mean, P * (P - 1) * error ** 2 + P * mean ** 2], dtype=torch.float64)
     slopes, squares = total(sums).tolist()
     variance = max(squares - slopes ** 2 / P, 0.0) / (P - 1)
     return slopes / P, math.sqrt(variance / P)
 
-
-def outputs(alone, model, batch, *rest, hidden=False, **more):
-    """Hidden states, which only the value function reads, and without a gradient: each rank's rows. Logits as ever."""
+def response_outputs(alone, model, batch, hidden=False):
+    """Hidden states, which the value function alone reads: each rank's rows. Logits as ever."""
     if not hidden:
-        return alone(model, batch, *rest, **more)
-    (B, T), width = batch.mask.shape, model.get_input_embeddings().weight.shape[1]
-    states, own = torch.zeros(B, T, width, device=model.device), share(torch.arange(B, device=model.device))
+        return alone(model, batch)
+    B, T = batch.response_mask.shape
+    width = model.get_input_embeddings().weight.shape[1]
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    states = torch.zeros(B, T, width, dtype=dtype, device=model.device)
+    own = share(torch.arange(B, device=model.device))
     if len(own):
-        states[own] = alone(model, batch.rows(own), *rest, hidden=True, **more)[1].float()
+        states[own] = alone(model, batch.rows(own), hidden=True)[1]
     return None, total(states)
 
+def set_theta(alone, model, theta):
+    """theta's bits are kept beside it, for Run to compare those of all ranks."""
+    alone(model, theta)
+    whole = torch.int32 if theta.dtype == torch.float32 else torch.int64
+    model.bits_of_theta = theta.view(whole).sum(dtype=torch.int64).item()
 
 def parse(alone, *args):
-    config, folder, new = alone(*args)
-    return config, first(lambda: folder), new  # the next free name is another one once rank 0 has made its folder
+    """Rank 0's arguments: the next free name is another one once it has made its folder."""
+    return first(alone, *args)
 
-
-def check(alone, config, *rest):
-    alone(config, *rest)
+def load_policy(alone, config, *rest):
+    config.device = device_of(config.device)
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device not in ("cpu", "cuda"):
-        raise ValueError(f"--device {config.device}: here cpu, or cuda, of which each process takes its own")
+        raise ValueError(f"--device {config.device}: here cpu, or cuda, where each has its own")
     if config.device == "cuda" and WORLD > here:
         raise ValueError(f"--nproc-per-node {WORLD}: there are {here} GPUs here")
-
-
-def load_policy(alone, *args):
-    model, tokenizer = alone(*args)
-    if RANK:
-        model.save_pretrained = tokenizer.save_pretrained = lambda *_: None
-    return model, tokenizer
-
+    return alone(config, *rest)
 
 class Run(amft.Run):
-    """Rank 0's, which writes the folder, and the others', which read it."""
+    """Rank 0's, which has the folder, and the others', which only read the state there."""
 
-    def __init__(self, folder, config=None):
-        super().__init__(folder)
-        first(super().__init__, folder, config)
+    def __init__(self, arguments, model):
+        self.model, self.asked = model, False
+        vars(self).update(first(self.take, arguments, model))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.interrupt)
+
+    def take(self, arguments, model):
+        """The folder is rank 0's; the others get what it knows, without the lock and the screen."""
+        super().__init__(arguments, model)
+        own = ("model", "lock", "screen")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     def write(self, *args, **fields):
         if RANK == 0:
             super().write(*args, **fields)
 
-    def rows(self, *kinds):
-        return first(super().rows, *kinds)
-
     def restore(self, *args):
-        everyones(None)  # rank 0 has written the folder's first line
-        result = super().restore(*args)
-        everyones(None)  # and writes no other before all have read what there is
+        """Rank 0 goes first and cuts the log off; the others then find it as long as it should be.
+
+        None writes before all have read."""
+        made, restore = [], super().restore
+        first(lambda: made.append(restore(*args)))
+        result = made[0] if RANK == 0 else restore(*args)
+        everyones(None)
         return result
 
     def save(self, *args):
@@ -202,18 +234,26 @@ class Run(amft.Run):
             start = time.time()
             super().save(*args)
             # A state has 24 bytes a parameter: no more than a twentieth of the time goes there.
-            amft.SAVE_SECONDS = max(amft.SAVE_SECONDS, 20 * (time.time() - start))
+            harness.SAVE_SECONDS = max(harness.SAVE_SECONDS, 20 * (time.time() - start))
 
-    def log_step(self, s):
-        bits = s.theta.view(torch.int32 if s.theta.dtype == torch.float32 else torch.int64).sum(dtype=torch.int64).item()
-        if len(set(everyones((bits, s.mu)))) > 1:
-            raise ValueError(f"step {s.t}: the ranks no longer have one theta and one mu")
-        super().log_step(s)
+    def interrupt(self, *_):
+        """As alone, but a signal that reaches a rank counts once all ranks know of it."""
+        if self.asked or not self.in_step:
+            raise KeyboardInterrupt
+        self.asked = True
 
+    def log_step(self, step):
+        bits, mu, asked = zip(*everyones((self.model.bits_of_theta, step.mu, self.asked)))
+        if len(set(bits)) > 1 or len(set(mu)) > 1:
+            raise ValueError(f"step {step.t}: the ranks no longer have one theta and one mu")
+        first(super().log_step, step)
+        self.t = step.t
+        self.stopping = any(asked)
+
+    def finish(self, *args):
+        first(super().finish, *args)
 
 # --- The processes ---
-
-
 class Last:
     """In place of a rank's output: its end is kept."""
     text = ""
@@ -224,27 +264,30 @@ class Last:
     def flush(self):
         pass
 
-
 def start():
-    """Find the other ranks, and share amft's work with them from here on. The store is theirs in common."""
+    """Find the other ranks, and share amft's work with them. The store is theirs in common."""
     global RANK, WORLD
     gpu = torch.cuda.is_available()
     if gpu and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, RANK, WORLD = next(dist.rendezvous("env://"))
     # Rank 0 may take long to write a state or the policy, while the others wait.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=RANK, world_size=WORLD,
-                            timeout=datetime.timedelta(hours=2))
-    for function in (rollout, loss_gradient, meta_gradient, outputs, parse, check, load_policy):
-        setattr(amft, function.__name__, partial(function, getattr(amft, function.__name__)))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        store=store, rank=RANK, world_size=WORLD, timeout=datetime.timedelta(hours=2))
+    for function in (rollout, loss_gradient, meta_gradient, response_outputs, set_theta, parse,
+                     load_policy):
+        name = function.__name__
+        setattr(amft, name, partial(function, getattr(amft, name)))
     amft.Run = Run
     return store
 
-
-def main(argv=None, methods=amft.METHODS, config_class=amft.Config):
-    name = Path(sys.argv[0]).name
-    if "LOCAL_WORLD_SIZE" not in os.environ or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
-        print(f"{name}: is started by torchrun --nproc-per-node N {sys.argv[0]}, on one machine", file=sys.stderr)
+def main(argv=None, methods=amft.METHODS, config_class=amft.Config, method_flags=METHOD_FLAGS):
+    """amft.main on every rank; where one fails, all end."""
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    if local is None or local != os.environ["WORLD_SIZE"]:
+        how = f"torchrun --nproc-per-node N {sys.argv[0]}, on one machine"
+        print(f"{program()}: is started by {how}", file=sys.stderr)
         sys.exit(2)
     store, last, line = start(), Last(), ""
     try:
@@ -252,13 +295,13 @@ def main(argv=None, methods=amft.METHODS, config_class=amft.Config):
             if RANK:
                 quiet.enter_context(contextlib.redirect_stdout(Last()))
                 quiet.enter_context(contextlib.redirect_stderr(last))
-            amft.main(argv, methods, config_class)
+            amft.main(argv, methods, config_class, method_flags)
         code = 0
     except SystemExit as stop:  # rank 0 has said why, if it was its own error too
         code, line = stop.code or 0, last.text.strip().split("\n")[-1]
     except Exception as error:  # of the machine, or because another rank has stopped
         text = (str(error).splitlines() or [""])[0]
-        code, line = 1, f"{name}: {type(error).__name__}: {text}"
+        code, line = 1, f"{program()}: {type(error).__name__}: {text}"
     if code == 0:
         dist.destroy_process_group()
         return
@@ -270,7 +313,6 @@ def main(argv=None, methods=amft.METHODS, config_class=amft.Config):
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)  # without waiting for the others
-
 
 if __name__ == "__main__":
     main()

@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import sys
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
@@ -181,10 +182,19 @@ def rewarded(monkeypatch):
     monkeypatch.setattr(tasks.Deal, "grade", grade)
 
 
+@pytest.fixture
+def untrained(monkeypatch):
+    """What is not refused ends here, not after a whole run."""
+    def train(*_):
+        raise AssertionError("this was to be refused")
+    monkeypatch.setattr(amft, "train", train)
+
+
 def loaded(folder, **settings):
     """(model, tokenizer, task, config) as a run has them."""
     config = amft.Config(**{
-        "device": "cpu", "model": str(folder), "task": "gp-turns", "max_new_tokens": 60, **settings})
+        "device": "cpu", "model": str(folder), "task": "gp-turns", "max_new_tokens": 60,
+        **settings})
     task = tasks.TASKS[config.task]()
     return *amft.load_policy(config, task, amft), task, config
 
@@ -430,7 +440,8 @@ def test_a_demonstration_is_the_templates_own_text(family, checkpoint):
         head, silent = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
         assert first.endswith(head + silent) and silent not in theirs.split(turns[0].response)[0]
         ours = first.removesuffix(silent) + turns[0].response + second
-    assert ours == theirs
+    n = len(commonprefix([ours, theirs]))  # a diff of long lines takes minutes
+    assert (ours[n:][:30], theirs[n:][:30]) == ("", "")
 
 
 def test_a_space_that_a_tokenizer_writes_by_itself_is_not_written_twice(sentencepiece, tmp_path):
@@ -451,7 +462,7 @@ def test_a_space_that_a_tokenizer_writes_by_itself_is_not_written_twice(sentence
     (CHATML.replace("{{ m.content }}", "{{ m.content | replace('=', ' = ') }}"), "is trained"),
     (CHATML.replace("{{ m.content }}", "{{ m.content }} over"), "writes 'over' between")])
 def test_a_template_that_writes_responses_otherwise_is_refused(
-        template, error, checkpoint, tmp_path, capsys):
+        template, error, checkpoint, tmp_path, capsys, untrained):
     """What is learned would not be what anyone who uses the template reads."""
     shutil.copytree(checkpoint("qwen2"), tmp_path / "other")
     (tmp_path / "other" / "chat_template.jinja").write_text(template)
@@ -459,7 +470,8 @@ def test_a_template_that_writes_responses_otherwise_is_refused(
     assert error in fails([*argv, "--model", tmp_path / "other"], capsys)
 
 
-def test_a_tokenizer_whose_space_the_template_lacks_is_refused(sentencepiece, tmp_path, capsys):
+def test_a_tokenizer_whose_space_the_template_lacks_is_refused(
+        sentencepiece, tmp_path, capsys, untrained):
     """SentencePiece, and a response that begins a line: as it is encoded a space would be there."""
     folder = make_checkpoint("phi3", tokenizer_of("phi3", sentencepiece), tmp_path / "checkpoint")
     argv = ["--device", "cpu", "--max-new-tokens", "150", "--out", tmp_path / "run"]
@@ -486,11 +498,9 @@ def test_any_of_the_checkpoints_end_tokens_ends_a_response(checkpoint):
         assert last > 20 and rollouts.truncated < 0.5
 
 
-def test_what_cannot_be_a_policy_is_refused_in_one_line(checkpoint, tmp_path, capsys, monkeypatch):
-    """At the start, whatever the fault: no positions, no usual cache, pictures of another kind."""
-    def train(*_):
-        raise AssertionError("this was to be refused")
-    monkeypatch.setattr(amft, "train", train)
+def test_what_cannot_be_a_policy_is_refused_in_one_line(
+        checkpoint, tmp_path, capsys, monkeypatch, untrained):
+    """Faults that show late in a run: no positions, no cache, other pictures, no gradient."""
     mamba, vl, small = (tmp_path / name for name in ("mamba", "vl", "small"))
     shutil.copytree(checkpoint("plain"), mamba)
     transformers.MambaForCausalLM(transformers.MambaConfig(
@@ -531,7 +541,7 @@ def test_what_cannot_be_a_policy_is_refused_in_one_line(checkpoint, tmp_path, ca
 @pytest.mark.parametrize("at_once", [1, 10, 10 ** 6])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_log_probabilities_keep_one_copy_of_the_logits(dtype, at_once, monkeypatch):
-    """Value and gradient against log_softmax in float64 of the same logits, whatever their dtype."""
+    """Value and gradient against log_softmax in float64 of the same logits, of any dtype."""
     monkeypatch.setattr(large.InParts, "at_once", at_once)
     B, T, V = 5, 3, 11
     logits = (4 * torch.randn(B, T, V)).to(dtype).requires_grad_()
@@ -583,7 +593,7 @@ def test_gradient_checkpointing_changes_memory_alone(family, checkpoint, rewarde
 
 
 def test_bf16_keeps_theta_and_its_sums_in_float32(checkpoint, tmp_path, rewarded, monkeypatch):
-    """Steps that bfloat16 cannot tell add up in theta; what samples, and is saved, is it rounded."""
+    """Steps that bfloat16 cannot tell add up in theta; what samples, and is saved, is rounded."""
     monkeypatch.setattr(tasks.GeneralPointsTurns, "splits", {"val": "one is enough here"})
     used, rollout = set(), amft.rollout
 
@@ -610,7 +620,7 @@ def test_bf16_keeps_theta_and_its_sums_in_float32(checkpoint, tmp_path, rewarded
 
 
 def test_log_probabilities_of_bf16_are_float32(checkpoint, rewarded):
-    """Of logits in bfloat16: near a plain pass's, and the temperature divides what is not rounded."""
+    """Near a plain pass's; the temperature divides logits that are not rounded again."""
     model, tokenizer, task, _ = loaded(checkpoint("qwen3"), bf16=1)
     batch = sampled(model, tokenizer, task, 2, 6).batch
     trained, temperate = amft.logps_of(model, batch), amft.logps_of(model, batch, 0.7)

@@ -3,6 +3,7 @@
     python -m pytest -q recipes/test_parallel.py
 """
 
+import fcntl
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import amft  # noqa: E402
+import harness.run  # noqa: E402
 import parallel  # noqa: E402
 import tasks  # noqa: E402
 
@@ -33,9 +35,9 @@ def tiny(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny")
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(TOKENIZER), hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=512, eos_token_id=TOKENIZER.eos_token_id, bos_token_id=None,
-        pad_token_id=TOKENIZER.pad_token_id))
+        vocab_size=len(TOKENIZER), hidden_size=12, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=512, bos_token_id=None,
+        eos_token_id=TOKENIZER.eos_token_id, pad_token_id=TOKENIZER.pad_token_id))
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     model.save_pretrained(folder)
@@ -43,82 +45,136 @@ def tiny(tmp_path_factory):
     return str(folder)
 
 
-def ranks(folder, function, *args, count=2, kill=None):
-    """What `function` returns on each of `count` ranks, forks of this process (which has imported all), or the exit
-    codes where one fails. kill(): when it says so, all are killed."""
+# --- ranks: forks of this process, which has imported all -----------------------------------------
+
+
+def grade(self, text):
+    """Rewards that a random policy does get."""
+    return "correct" if len(text) % 2 else "no_answer"
+
+
+def child(folder, rank, count, port, function, args):
+    """Become a rank, and leave what function returns in a file."""
+    code = 3
+    try:
+        os.setsid()
+        out = os.open(folder / f"out-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.argv = ["parallel.py"]
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
+            LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        tasks.Deal.grade = grade
+        tasks.GeneralPoints.defaults = {}
+        (folder / f"result-{rank}").write_bytes(pickle.dumps(function(rank, *args)))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ranks(folder, function, *args, count=2):
+    """What `function` returns on each of `count` ranks, or the exit codes where one fails."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     children = []
     for rank in range(count):
-        if (child := os.fork()) == 0:
-            code = 3
-            try:
-                os.setsid()
-                out = os.open(folder / f"out-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(out, 1)
-                os.dup2(out, 2)
-                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-                sys.argv = ["parallel.py"]
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
-                                  MASTER_ADDR="localhost", MASTER_PORT=str(port))
-                tasks.Deal.grade = lambda self, text: "correct" if len(text) % 2 else "no_answer"
-                tasks.GeneralPoints.defaults = {}
-                (folder / f"result-{rank}").write_bytes(pickle.dumps(function(rank, *args)))
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
+        pid = os.fork()
+        if pid == 0:
+            child(folder, rank, count, port, function, args)
+        children.append(pid)
     end, codes = time.time() + 120, {}
     while len(codes) < count and time.time() < end:
-        for child in children:
-            if child not in codes and (done := os.waitpid(child, os.WNOHANG))[0]:
-                codes[child] = os.waitstatus_to_exitcode(done[1])
-        if kill and kill():
-            end = 0
+        for pid in set(children) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
-    for child in set(children) - set(codes):
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    if any(codes.get(child) != 0 for child in children):
-        return [codes.get(child) for child in children]
+    for pid in set(children) - set(codes):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    if any(codes.get(pid) != 0 for pid in children):
+        return [codes.get(pid) for pid in children]
     return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(count)]
 
 
+def said(folder):
+    """The lines with which two ranks ended."""
+    texts = [(folder / f"out-{rank}").read_text().replace("\r", "\n") for rank in (0, 1)]
+    return [line for text in texts for line in text.split("\n") if "parallel.py: " in line]
+
+
 def argv(model, out, *flags):
-    return ["--task", "gp", "--smoke", "--model", model, "--out", str(out), "--device", "cpu", "--eval-n", "5",
-            "--max-new-tokens", "34", *flags]
+    return ["--task", "gp", "--smoke", "--model", model, "--out", str(out), "--device", "cpu",
+            "--eval-n", "5", "--max-new-tokens", "34", *flags]
 
 
-def run(rank, argv):
-    """A whole run without evaluations; returns what this rank had at its end."""
-    seen = {}
+def changes(name, args):
+    """Does this event change a file? (see Python's table of audit events)"""
+    if name == "open":
+        path, _, flags = args
+        if not isinstance(path, (str, bytes)) or os.fsdecode(path).startswith("/dev"):
+            return False
+        return flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    if name == "os.truncate":  # to the length that it has: nothing is lost
+        return os.stat(args[0]).st_size != args[1]
+    return name in ("os.mkdir", "os.rename", "os.remove", "fcntl.flock", "fcntl.lockf")
+
+
+def run(rank, argv, end=None):
+    """A whole run without evaluations; returns what this rank had at its end.
+
+    end: "killed", all ranks after the row of step 5; "stopped", by a signal to rank 1 in step 4."""
+    seen, changed, watching = dict(steps=[]), [], [True]
 
     class Watched(parallel.Run):
-        def log_step(self, s):
-            super().log_step(s)
-            seen.setdefault("steps", []).append((s.t, s.mu, s.row.get("meta_grad"), s.theta.sum().item()))
-            seen.update(theta=s.theta, m=s.adam.m, v=s.adam.v)
-    parallel.Run, amft.SAVE_SECONDS = Watched, -1
-    amft.evaluate = lambda _, __, task, split, *___: dict(
-        split=split, n=1, success=0.0, low=0.0, high=1.0, any=0.0, greedy=0.0, outcomes={})
-    method, moved = amft.AMFT, amft.AMFT.moved
+        def log_step(self, step):
+            super().log_step(step)
+            theta = amft.flatten(self.model)
+            row = step.t, step.mu, step.metrics.get("meta_grad"), theta.sum().item()
+            seen["steps"].append(row)
+            seen.update(theta=theta)
+            if end == "killed" and step.t == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    def watched(self, s):
-        moved(self, s)
-        seen.update(tangents=self.tangents, evidence=self.evidence, target=self.target_entropy)
-    method.moved = watched
-    parallel.main(argv)
+        def save(self, theta, adam, modules):
+            super().save(theta, adam, modules)
+            seen.update(saved=theta, m=adam.m, v=adam.v)
+
+    class Controller(amft.Controller):
+        def before_update(self, step, *args, **more):
+            super().before_update(step, *args, **more)
+            seen.update(self.state_dict())
+            if end == "stopped" and step.t == 4 and rank == 1 and more["first"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluate(model, tokenizer, task, config, split):
+        numbers = dict(success=0.0, low=0.0, high=1.0, any=0.0, greedy=0.0)
+        return dict(split=split, n=1, outcomes={}, **numbers)
+
+    def hook(name, args):
+        if watching[0] and changes(name, args):
+            changed.append(f"{name} {args}")
+    parallel.Run, harness.run.SAVE_SECONDS = Watched, -1
+    amft.evaluate = evaluate
+    sys.addaudithook(hook)
+    parallel.main(argv, dict(amft.METHODS, amft=Controller))
+    watching[0] = False
+    if rank:
+        assert not changed, changed
     return seen
 
 
 def rows(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "out")} for line in lines]
+    made = [json.loads(line) for line in lines]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in made]
 
 
 def same(a, b):
@@ -134,29 +190,51 @@ def same(a, b):
 
 def close(actual, expected, rtol):
     assert expected.norm() > 0
-    assert (actual - expected).norm() <= rtol * expected.norm(), ((actual - expected).norm() / expected.norm()).item()
+    gap = (actual - expected).norm() / expected.norm()
+    assert gap <= rtol, gap.item()
+
+
+def policy_of(model):
+    """(task, model, tokenizer) of a checkpoint folder."""
+    task = tasks.GeneralPoints()
+    config = amft.Config(device="cpu", model=model, max_new_tokens=34)
+    return task, *amft.load_policy(config, task, amft)
+
+
+# --- one batch ------------------------------------------------------------------------------------
 
 
 def measure(model, alone):
     """Gradients and estimates of one given batch, by amft's functions as they stand."""
     config = amft.Config(device="cpu", prompts=5, samples=4, micro_tokens=200, max_new_tokens=34)
-    task = tasks.GeneralPoints()
-    policy, tokenizer = amft.load_policy(amft.Config(device="cpu", model=model, max_new_tokens=34), task)
+    task, policy, tokenizer = policy_of(model)
     rng, phi = random.Random(0), amft.value_function(policy)
     for parameter in phi.parameters():
         torch.nn.init.constant_(parameter, 0.1)
     episodes = [task.sample("train", rng) for _ in range(5)]
     torch.manual_seed(0)
     seen = alone(policy, tokenizer, episodes, 4, 34)
-    tangent = torch.randn(len(amft.flatten(policy)), generator=torch.Generator().manual_seed(1))
+    tangent = torch.randn(
+        len(amft.flatten(policy)), generator=torch.Generator().manual_seed(1))
     advantages = amft.advantages_of(policy, phi, seen, config)
     g_rl, logps, loss = amft.rl_gradient(policy, seen.batch, advantages, config)
-    g_sft = amft.sft_gradient(policy, amft.encode_demos(policy, tokenizer, episodes), config)
-    again = amft.rollout(policy, tokenizer, episodes[:3], 2, 34, 0)  # greedy: the same however they are shared out
-    few = amft.rollout(policy, tokenizer, episodes[:1], 2, 34)  # fewer than ranks
-    return dict(seen=seen.batch.ids, success=seen.success, advantages=advantages.values, g_rl=g_rl, logps=logps, loss=loss,
-                g_sft=g_sft[0], sft_loss=g_sft[2], meta=amft.meta_gradient(policy, tangent, seen, config), greedy=again,
-                few=few.success, check=amft.logps_of(policy, again.batch).detach())
+    g_later, _, later = amft.rl_gradient(policy, seen.batch, advantages, config, logps + 0.3)
+
+    def weights(logps, rows):  # rows: of the whole batch, whoever has them
+        return (1 + rows.unsqueeze(1)) * logps.exp()
+    demos = amft.encode_demos(policy, tokenizer, episodes)
+    g_sft, _, sft_loss = amft.sft_gradient(policy, demos, config, weights)
+    values = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    greedy = amft.rollout(policy, tokenizer, episodes[:3], 2, 34, 0)  # however it is shared out
+    return dict(
+        seen=seen.batch.input_ids, success=seen.success, advantages=advantages.values,
+        phi=torch.cat([parameter.detach().flatten() for parameter in phi.parameters()]),
+        g_rl=g_rl, logps=logps, loss=loss, g_later=g_later, later=later,
+        g_sft=g_sft, sft_loss=sft_loss,
+        meta=amft.meta_gradient(policy, tangent, seen, config),
+        meta_given=amft.meta_gradient(policy, tangent, seen, config, (values, 2.0)),
+        few=amft.rollout(policy, tokenizer, episodes[:1], 2, 34).success,  # fewer than ranks
+        greedy=greedy, check=amft.logps_of(policy, greedy.batch).detach())
 
 
 def measured(rank, model):
@@ -166,82 +244,127 @@ def measured(rank, model):
 
 
 def test_two_ranks_compute_what_one_process_does(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: "correct" if len(text) % 2 else "no_answer")
+    """A share of the work that is lost or counted twice: in gradients, estimates, conversations."""
+    monkeypatch.setattr(tasks.Deal, "grade", grade)
     one = measure(tiny, amft.rollout)
     assert 0 < one["success"].mean() < 1 and one["meta"][1] > 0 and one["loss"] != 0
     both = ranks(tmp_path, measured, tiny)
-    drop = lambda made: {key: value for key, value in made.items() if key not in ("greedy",)}  # noqa: E731
-    assert same(*map(drop, both)), "ranks differ"
+    first, second = ({k: v for k, v in made.items() if k != "greedy"} for made in both)
+    assert same(first, second), "ranks differ"
     for two in both:
         assert torch.equal(two["seen"], one["seen"])  # the given batch is one and the same
-        for name in ("advantages", "g_rl", "g_sft", "logps"):
+        for name in ("advantages", "phi", "g_rl", "g_later", "g_sft", "logps"):
             close(two[name], one[name], 1e-6)
-        assert (two["g_rl"] - one["g_rl"]).abs().max() < 1e-7 * max(1.0, one["g_rl"].norm())
-        assert two["loss"] == pytest.approx(one["loss"], abs=1e-7) and two["sft_loss"] == pytest.approx(one["sft_loss"])
-        assert two["meta"] == pytest.approx(one["meta"], rel=1e-4)
-        a, b = two["greedy"], one["greedy"]
-        width = max(a.batch.mask.shape[1], b.batch.mask.shape[1])
-        assert [e.prompt for e in a.episodes] == [e.prompt for e in b.episodes] and torch.equal(a.success, b.success)
-        for mine, right in ((a.batch.mask, b.batch.mask), (a.graded, b.graded),
-                            (two["check"] * a.batch.mask, one["check"] * b.batch.mask)):
-            wide = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in (mine, right)]
-            torch.testing.assert_close(*wide, rtol=1e-4, atol=1e-5)
-        assert a.entropy == pytest.approx(b.entropy, rel=1e-5) and a.truncated == pytest.approx(b.truncated)
+        gap = (two["g_rl"] - one["g_rl"]).abs().max()
+        assert gap < 1e-7 * max(1.0, one["g_rl"].norm())
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-7)
+        assert two["later"] == pytest.approx(one["later"])
+        assert two["sft_loss"] == pytest.approx(one["sft_loss"])
+        for name in ("meta", "meta_given"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4)
+        alike(two, one)
+
+
+def alike(two, one):
+    """Are the greedy conversations the same, but for how wide they are padded?"""
+    a, b = two["greedy"], one["greedy"]
+    masks = a.batch.response_mask, b.batch.response_mask
+    width = max(mask.shape[1] for mask in masks)
+    assert [e.prompt for e in a.episodes] == [e.prompt for e in b.episodes]
+    assert torch.equal(a.success, b.success)
+    logps = two["check"] * masks[0], one["check"] * masks[1]
+    for pair in (masks, (a.rewards, b.rewards), logps):
+        mine, right = (torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in pair)
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+    assert a.entropy == pytest.approx(b.entropy, rel=1e-5)
+    assert a.truncated == pytest.approx(b.truncated)
 
 
 def test_joined_conversations_are_those_of_their_own(tiny):
-    """Of two parts of unlike lengths: prompts and log-probabilities as before, in the order of the episodes; entropy and
-    the share without an end again from the logits and the tokens."""
-    task = tasks.GeneralPoints()
-    policy, tokenizer = amft.load_policy(amft.Config(device="cpu", model=tiny, max_new_tokens=34), task)
+    """Parts of unlike lengths: prompts, log-probabilities, entropy, ends from the tokens anew."""
+    task, policy, tokenizer = policy_of(tiny)
     episodes = [task.sample("train", random.Random(i)) for i in range(3)]
     torch.manual_seed(0)
-    parts = [amft.rollout(policy, tokenizer, episodes[::2], 2, 34), amft.rollout(policy, tokenizer, episodes[1::2], 2, 5)]
+    parts = [amft.rollout(policy, tokenizer, episodes[::2], 2, 34),
+             amft.rollout(policy, tokenizer, episodes[1::2], 2, 5)]
     one = parallel.joined(parts, [0, 2, 1], tokenizer.pad_token_id)
+    mask = one.batch.response_mask
     assert [e.prompt for e in one.episodes] == [e.prompt for e in episodes for _ in range(2)]
+
+    def totals(batch):
+        return (amft.logps_of(policy, batch) * batch.response_mask).sum(1)
     with torch.no_grad():
-        logits = amft.outputs(policy, one.batch)[0].log_softmax(-1)
-        logps = (amft.token_logps(logits, one.batch.responses) * one.batch.mask).sum(1)
-        first, second = ((amft.logps_of(policy, part.batch) * part.batch.mask).sum(1) for part in parts)
-    torch.testing.assert_close(logps, torch.cat([first[:2], second, first[2:]]), rtol=1e-4, atol=1e-4)
-    entropy = (-(logits.exp() * logits).sum(-1) * one.batch.mask).sum() / one.batch.mask.sum()
-    assert one.entropy == pytest.approx(entropy.item(), rel=1e-5) and parts[0].entropy != pytest.approx(one.entropy, rel=1e-4)
-    ends = [tokenizer.eos_token_id in ids[own > 0] for ids, own in zip(one.batch.responses, one.batch.mask)]
+        logits = amft.response_outputs(policy, one.batch)[0].log_softmax(-1)
+        logps = (amft.token_logps(logits, one.batch.responses) * mask).sum(1)
+        first, second = (totals(part.batch) for part in parts)
+    expected = torch.cat([first[:2], second, first[2:]])
+    torch.testing.assert_close(logps, expected, rtol=1e-4, atol=1e-4)
+    entropy = (-(logits.exp() * logits).sum(-1) * mask).sum() / mask.sum()
+    assert one.entropy == pytest.approx(entropy.item(), rel=1e-5)
+    assert parts[0].entropy != pytest.approx(one.entropy, rel=1e-4)
+    ends = [tokenizer.eos_token_id in ids[own > 0] for ids, own in zip(one.batch.responses, mask)]
     assert one.truncated == pytest.approx(1 - sum(ends) / 6)
 
 
 def sampled(rank, model):
     parallel.start()
-    task = tasks.GeneralPoints()
-    policy, tokenizer = amft.load_policy(amft.Config(device="cpu", model=model, max_new_tokens=34), task)
-    amft.torch.manual_seed(0)
-    twins = amft.rollout(policy, tokenizer, 2 * [task.sample("train", random.Random(0))], 4, 34)
-    return twins.batch.responses, torch.rand(3)
+    task, policy, tokenizer = policy_of(model)
+    torch.manual_seed(0)
+    twins = 2 * [task.sample("train", random.Random(0))]
+    return amft.rollout(policy, tokenizer, twins, 4, 34).batch.responses, torch.rand(3)
 
 
 def test_ranks_have_random_streams_of_their_own_and_one_in_common(tiny, tmp_path):
-    """One prompt, played by both ranks: no sample of one is a sample of the other. Afterwards they are in step."""
+    """Both play one prompt: no sample of one is one of the other. Then they are in step again."""
     (responses, after), other = ranks(tmp_path, sampled, tiny)
-    assert same((responses, after), other) and len({tuple(row) for row in responses.tolist()}) == 8
+    assert same((responses, after), other)
+    assert len({tuple(row) for row in responses.tolist()}) == 8
 
 
-def test_ranks_of_a_run_are_equal_and_a_killed_run_goes_on(tiny, tmp_path):
-    """Every rank has the same theta, moments, d/d mu and mu at the end, bit for bit; killed and resumed, the log is the same."""
-    flags = "--steps", "7", "--warmup", "1", "--meta-every", "2", "--ppo-epochs", "2", "--prompts", "5"
-    first, second = ranks(tmp_path, run, argv(tiny, tmp_path / "unbroken", *flags))
-    assert same(first, second) and len(first["steps"]) == 7 and len({mu for _, mu, *_ in first["steps"]}) > 3
-    assert any(step[2] for step in first["steps"]) and first["tangents"] is not None
-    whole = rows(tmp_path / "unbroken")
-    assert (tmp_path / "unbroken" / "final" / "config.json").exists() and whole[-1]["kind"] == "final"
+# --- a run ----------------------------------------------------------------------------------------
+
+FLAGS = ("--steps 7 --warmup 1 --meta-every 2 --ppo-epochs 2 --prompts 5 --utility both "
+         "--advantage gae").split()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, tmp_path_factory):
+    """(folder, what both ranks had at the end) of a run that was let alone."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, ranks(folder, run, argv(tiny, folder / "run", *FLAGS))
+
+
+def test_ranks_of_a_run_are_equal_and_rank_0_alone_writes(unbroken):
+    """theta, moments, d/d mu and mu, bit for bit; no other rank touches a file, or prints."""
+    folder, (first, second) = unbroken
+    assert same(first, second) and len(first["steps"]) == 7
+    assert len({mu for _, mu, *_ in first["steps"]}) > 3
+    assert any(step[2] for step in first["steps"]) and first["sensitivity"] is not None
+    assert torch.equal(first["theta"], first["saved"])
+    whole = rows(folder / "run")
+    assert (folder / "run" / "final" / "config.json").exists() and whole[-1]["kind"] == "final"
     assert [row["step"] for row in whole if row["kind"] == "step"] == list(range(1, 8))
-    assert (tmp_path / "out-1").read_text() == "" and "responses" in (tmp_path / "out-0").read_text()
-    log = tmp_path / "run" / "metrics.jsonl"
-    codes = ranks(tmp_path, run, argv(tiny, tmp_path / "run", *flags),
-                  kill=lambda: log.exists() and '"step": 5' in log.read_text())
-    assert codes == [None, None] and not (tmp_path / "run" / "final").exists() and (tmp_path / "run" / "state.pt").exists()
-    first, second = ranks(tmp_path, run, ["--resume", str(tmp_path / "run")])
-    assert same(first, second) and 1 < len(first["steps"]) < 6
-    assert rows(tmp_path / "run") == whole
+    assert (folder / "out-1").read_text() == ""
+    assert "mu ended at" in (folder / "out-0").read_text()
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+def test_a_broken_run_goes_on(end, unbroken, tiny, tmp_path):
+    """Killed, or stopped by a signal to one rank, and resumed: the log is the unbroken one's."""
+    out, (whole, _) = tmp_path / "run", unbroken
+    codes = ranks(tmp_path, run, argv(tiny, out, *FLAGS), end)
+    done = [row["step"] for row in rows(out) if row["kind"] == "step"]
+    if end == "stopped":
+        assert codes == [130, 130] and done[-1] == 4
+        line, = said(tmp_path)
+        assert line == f"parallel.py: stopped; --resume {out} goes on after step 4"
+    else:
+        assert codes == [-signal.SIGKILL, -signal.SIGKILL] and done[-1] == 5
+    assert not (out / "final").exists() and (out / "state.pt").exists()
+    first, second = ranks(tmp_path, run, ["--resume", str(out)])
+    assert same(first, second)
+    assert len(first["steps"]) == 3 if end == "stopped" else 2 < len(first["steps"]) < 8
+    assert rows(out) == rows(whole / "run")
 
 
 def drifting(rank, argv):
@@ -254,6 +377,13 @@ def drifting(rank, argv):
     return run(rank, argv)
 
 
+def disagreeing(rank, argv):
+    class Own(amft.Method):
+        def choose_mu(self, step):
+            return 0.5 + 2 ** -52 * rank * (step.t > 1)  # theta, in float32, is the same
+    return parallel.main([*argv, "--method", "fixed"], dict(amft.METHODS, fixed=Own))
+
+
 def breaking(rank, argv):
     if rank == 1:
         def fail(*_, **__):
@@ -262,33 +392,63 @@ def breaking(rank, argv):
     return run(rank, argv)
 
 
-@pytest.mark.parametrize("what, flags, codes, said", [
+def without_gpus(rank, argv):
+    parallel.device_of = lambda name: "cuda"
+    return parallel.main(argv)
+
+
+@pytest.mark.parametrize("what, flags, codes, words", [
     (run, ["--mu-min", "0.9", "--mu-max", "0.1"], {2}, "--mu-min 0.9: at most --mu-max, 0.1"),
+    (without_gpus, [], {2}, "--nproc-per-node 2: there are 0 GPUs here"),
     (drifting, [], {2}, "step 1: the ranks no longer have one theta and one mu"),
+    (disagreeing, [], {2}, "step 2: the ranks no longer have one theta and one mu"),
     (breaking, [], {1}, "RuntimeError: CUDA out of memory (rank 1)")])
-def test_errors_end_all_ranks_with_one_line(what, flags, codes, said, tiny, tmp_path):
-    assert set(ranks(tmp_path, what, argv(tiny, tmp_path / "run", *flags))) == codes
-    lines = [line for rank in (0, 1) for line in (tmp_path / f"out-{rank}").read_text().replace("\r", "\n").split("\n")
-             if "parallel.py: " in line]
-    assert len(lines) == 1 and said in lines[0], lines
+def test_errors_end_all_ranks_with_one_line(what, flags, codes, words, tiny, tmp_path):
+    """A rank that waits for one that is gone, a line from each, an error that is not told."""
+    made = ranks(tmp_path, what, argv(tiny, tmp_path / "run", *flags))
+    assert set(made) == codes
+    line, = said(tmp_path)
+    assert words in line
+
+
+def resuming(rank, folder):
+    return parallel.main(["--resume", folder])
+
+
+def test_a_run_that_another_process_writes_is_refused(tiny, tmp_path):
+    """Two torchruns on one folder would write one log: rank 0's lock speaks for all."""
+    log = tmp_path / "metrics.jsonl"
+    config = amft.Config(device="cpu", model=tiny, max_new_tokens=34)
+    log.write_text(json.dumps(dict(kind="config", **vars(config))) + "\n")
+    with open(log) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        codes = ranks(tmp_path, resuming, str(tmp_path))
+    assert set(codes) == {2}
+    line, = said(tmp_path)
+    assert "another process is writing this run" in line
 
 
 def test_only_torchrun_starts_it(monkeypatch, capsys):
+    """Started by itself it would wait for ever; on several machines not all would be there."""
     for nodes in ({}, dict(LOCAL_WORLD_SIZE="2", WORLD_SIZE="4")):
         for name, value in nodes.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as info:
             parallel.main(["--smoke"])
         error = capsys.readouterr().err
-        assert info.value.code == 2 and error.count("\n") == 1 and "torchrun --nproc-per-node" in error
+        assert info.value.code == 2 and error.count("\n") == 1
+        assert "torchrun --nproc-per-node" in error
 
 
 def test_the_command_line(tiny, tmp_path):
     """torchrun itself, evaluations with fewer episodes than ranks among it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "parallel.py"),
-         *argv(tiny, tmp_path / "run", "--steps", "2", "--warmup", "1", "--eval-n", "1")], capture_output=True, text=True)
+    flags = argv(tiny, tmp_path / "run", "--steps", "2", "--warmup", "1", "--eval-n", "1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", str(HERE / "parallel.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     made = rows(tmp_path / "run")
-    assert [row["kind"] for row in made].count("step") == 2 and done.stdout.count("responses,") == 1
-    assert all(row["n"] == 1 and sum(row["outcomes"].values()) == 4 for row in made if row["kind"] == "eval")
+    assert [row["kind"] for row in made].count("step") == 2
+    assert done.stdout.count("mu ended at") == 1
+    evals = [row for row in made if row["kind"] == "eval"]
+    assert evals and all(row["n"] == 1 and sum(row["outcomes"].values()) == 4 for row in evals)

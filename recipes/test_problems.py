@@ -1,4 +1,4 @@
-"""Tests of recipes/problems.py, a reader's own problems: --data and --data-test, files of JSON lines.
+"""Tests of recipes/problems.py, a reader's own problems: --data and --data-test, in JSON lines.
 
     python -m pytest -q recipes/test_problems.py
 """
@@ -68,6 +68,11 @@ def sums(n, start=0):
 def example():
     """The rows of recipes/example.jsonl."""
     return [json.loads(line) for line in (HERE / "example.jsonl").read_text().splitlines()]
+
+
+def brief(value):
+    """Of a parameter, for the test's name."""
+    return ascii(value)[:40]
 
 
 def sources(drawn):
@@ -157,7 +162,7 @@ def test_near_duplicates_have_one_role(tmp_path):
 
 
 def test_a_file_that_is_only_evaluated(tmp_path, capsys):
-    """A problem of --data-test that is trained on, or that an evaluation leaves out or draws anew."""
+    """A problem of --data-test that is trained on, or that evaluations leave out or draw anew."""
     rows = sums(100)
     rows[90]["solution"] = "long " * 500 + rows[90]["solution"]  # not a demonstration
     data = write(tmp_path / "own.jsonl", rows[:70])
@@ -231,7 +236,7 @@ def test_prompts_ask_for_the_form_of_the_answer(tmp_path):
     (" " * 10 ** 6 + "#### 42", "no_answer"),
     ("#### 6*7", "no_answer"),
     ("####", "no_answer"),
-])
+], ids=brief)
 def test_an_answer_after_four_hashes(response, outcome):
     """An answer that is read off another place than the end, or another text than a number."""
     assert tasks.Problem("", "", "42").grade(response) == outcome
@@ -262,7 +267,7 @@ GOOD = dict(prompt="What is 6 times 7?", solution="6 * 7 = 42", answer="42")
     (json.dumps(dict(GOOD, prompt="\ud83d?")), '"prompt" holds half a character'),
     (json.dumps(dict(GOOD, solution="\udc00")), '"solution" holds half a character'),
     (json.dumps(dict(GOOD, answer="4\ud83d")), '"answer" holds half a character'),
-])
+], ids=brief)
 @pytest.mark.parametrize("flag", ["--data", "--data-test"])
 def test_a_bad_line_is_named(flag, line, says, tmp_path, capsys):
     """A fault that passes, ends in a traceback, or is told without its file and line."""
@@ -327,7 +332,7 @@ def test_a_text_with_unknown_parts_is_refused(tmp_path, capsys):
 
 
 def test_the_longest_solution_need_not_fit_where_it_is_only_evaluated(checkpoint, tmp_path):
-    """A file refused for a solution that is no demonstration: a policy may answer in fewer words."""
+    """A file refused for a long solution that is no demonstration: answers may be shorter."""
     rows = sums(40)
     rows[39]["solution"] = "long " * 60 + rows[39]["solution"]
     task = problems.OwnProblems(data_test=write(tmp_path / "test.jsonl", rows))
