@@ -424,11 +424,14 @@ def loss_gradient(model: Model, batch: Batch, used: Tensor, loss: Callable, conf
     logps = torch.zeros_like(batch.response_mask)
     value = grad.new_zeros(())
     weights = list(model.parameters())
+    sizes = [weight.numel() for weight in weights]
     for rows in micro_batches(batch, used, config.micro_tokens):
         logp = logps_of(model, batch.rows(rows), temperature)
         part = loss(logp, rows)
-        grads = torch.autograd.grad(part, weights, materialize_grads=True)
-        grad += torch.cat([g.reshape(-1) for g in grads])
+        slopes = torch.autograd.grad(part, weights, materialize_grads=True)
+        for total, slope in zip(grad.split(sizes), slopes):
+            total += slope.reshape(-1)
+        del slopes  # memory
         logps[rows] = logp.detach()
         value += part.detach()
     return grad, logps, value.item()
@@ -437,7 +440,6 @@ def rl_gradient(model: Model, batch: Batch, advantages: Advantages, config: Conf
                 old_logps: Any = None) -> tuple:
     """loss_gradient of L_RL. old_logps: None on the first update, by the policy that sampled."""
     n_tokens = batch.response_mask.sum()
-
     def loss(logp, rows):
         old = logp.detach() if old_logps is None else old_logps[rows]
         return ppo_loss(logp, old, advantages.values[rows], batch.response_mask[rows],
@@ -448,7 +450,6 @@ def sft_gradient(model: Model, batch: Batch, config: Config, token_weights: Call
     """loss_gradient of L_SFT, a token's -log p times token_weights(logps (b, T), rows (b,)) (b, T);
     its value is mean -log p, without them."""
     n_tokens = batch.response_mask.sum()
-
     def loss(logp, rows):
         weights = token_weights(logp.detach(), rows)  # constants
         return sft_loss(weights * logp, batch.response_mask[rows], n_tokens)
@@ -492,7 +493,6 @@ def step_sensitivity(theta: Tensor, g_rl: Tensor, g_sft: Tensor, mu: float, stat
     d_norm = (grad @ g_sft - grad @ g_rl) / (norm + 1e-30)  # d |g|/d mu
     del grad  # memory
     step = partial(adamw, step=state.step + 1, **how)
-
     def derivative(theta, m, v, g_rl, g_sft, d_theta, d_m, d_v):
         grad = (1 - mu) * g_rl + mu * g_sft
         primals = theta, grad, m, v, norm
@@ -512,7 +512,6 @@ def meta_gradient(model: Model, d_theta: Tensor, rollouts: Rollouts, config: Con
     # One gradient a prompt: prompts are the error's units. Where no sample differs the slope is 0.
     for p in values.any(1).nonzero().squeeze(1).tolist():
         batch = rollouts.batch.rows(slice(p * G, (p + 1) * G))
-
         def weighted(logps, rows):
             of_responses = (logps * batch.response_mask[rows]).sum(1)  # log pi(y|x), (b,)
             return (scale * values[p][rows] * of_responses).sum() / G
@@ -709,7 +708,7 @@ def train(config: Config, method: Method, task: Task, model: Model, tokenizer: T
     phi = value_function(model) if config.advantage == "gae" else None
     modules = [method, phi, phi.optimizer if phi else None]
     theta = flatten(model)
-    adam = AdamState(torch.zeros_like(theta), torch.zeros_like(theta), 0)
+    adam = AdamState(0 * theta, 0 * theta, step=0)
     theta, adam = run.restore(theta, adam, modules)
     set_theta(model, theta)
     problems = task.training(config.demos, random.Random(f"demos {config.seed}"))
@@ -755,6 +754,7 @@ def train(config: Config, method: Method, task: Task, model: Model, tokenizer: T
                 grad_norm_sft=step.g_sft.norm().item())
             step.g_rl = step.g_sft = None  # memory
             theta, adam = adamw_step(theta, grad, adam, lr=step.lr)
+            del grad  # memory
             set_theta(model, theta)
         run.log_step(step)
         if config.val_every and t % config.val_every == 0 and t < config.steps:

@@ -30,7 +30,6 @@ PROBLEMS = "recipes/test_problems.py"
 LARGE = "recipes/test_large.py"
 HARNESS = "harness/test_harness.py"
 PICTURES = "harness/test_pictures.py"
-PARTS = "part_a.py part_b.py part_c.py"  # which become test_amft.py
 TESTS = {
     "amft.py": "test_amft.py",
     "tasks.py": "test_amft.py",
@@ -42,7 +41,7 @@ TESTS = {
     "harness/pictures.py": PICTURES,
     "recipes/checkpoints.py": MODELS,
     "recipes/large.py": f"{LARGE} {MODELS}",
-    "recipes/problems.py": f"{PROBLEMS} {MODELS}",
+    "recipes/problems.py": PROBLEMS,
     "recipes/parallel.py": "recipes/test_parallel.py",
     "compare/rivals.py": "compare/test_rivals.py",
 }
@@ -60,6 +59,10 @@ MUTANTS = [
     ("amft.py", "trace * d_m, trace * d_v, d_norm", "trace * d_m, 0 * d_v, d_norm", "with_a_trace"),
     ("amft.py", "trace * d_v, d_norm", "trace * d_v, 0 * d_norm", "finite_difference"),
     ("amft.py", "step.g_rl = step.g_sft = None  # memory", "pass", "floats_a_parameter", LARGE),
+    ("amft.py", "    del grad  # memory\n    step = partial", "    step = partial", "floats_a_parameter", LARGE),
+    ("amft.py", "        del slopes  # memory\n", "", "floats_a_parameter", LARGE),
+    ("amft.py", "            del grad  # memory\n", "", "floats_a_parameter", LARGE),
+    ("recipes/large.py", "del part, parts  # memory", "# memory", "floats_a_parameter"),
     ("recipes/large.py", "vector[start:start + size].clone() for", "vector[start:start + size] for",
      "floats_a_parameter"),
     ("recipes/large.py", "size: int = 2 ** 22", "size: int = 2 ** 40", "floats_a_parameter"),
@@ -382,10 +385,8 @@ class Bug(NamedTuple):
 
     def files(self, copy):
         """The test files that are there."""
-        names = self.where or TESTS[self.file]
-        if any((copy / part).exists() for part in PARTS.split()):
-            names = names.replace("test_amft.py", PARTS)
-        return " ".join(name for name in names.split() if (copy / name).exists())
+        names = (self.where or TESTS[self.file]).split()
+        return " ".join(name for name in names if (copy / name).exists())
 
     def made(self, text):
         """The file with the bug; ValueError or SyntaxError says why there is none."""
@@ -446,7 +447,8 @@ def run_here(copy, output, argv):
 
 def failing(output):
     """Names of the tests in pytest's summary."""
-    return [line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    lines = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return [line.partition(" ")[2].partition(" - ")[0] for line in lines]
 
 
 def baseline(bugs, copy):

@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 import amft  # noqa: E402
 import harness.run  # noqa: E402
 import tasks  # noqa: E402
-from compare import controllers, rivals, snr  # noqa: E402
+from compare import controllers, logs, rivals, snr  # noqa: E402
+from harness.arguments import parse  # noqa: E402
 
 # torch's own, where it first loads what torch.func.jvp needs
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -620,6 +621,22 @@ def test_every_flag_is_explained_and_used_by_some_method(capsys):
     assert list(rivals.METHOD_FLAGS) == list(rivals.METHODS)
     for name, row in rivals.METHOD_FLAGS.items():
         assert name in said and {*row.unused, *row.defaults} <= fields
+
+
+@pytest.mark.parametrize("study", ["default", "gp", "tasks"])
+def test_recorded_flags_still_mean_what_they_meant(study, monkeypatch, tmp_path):
+    """A default or a flag whose change would make another run of a recorded one's command."""
+    monkeypatch.undo()  # with the tasks' defaults
+    table = logs.recorded(study)
+    configs = [row for row in table[1:] if row["kind"] == "config"]
+    assert configs
+    for row in configs:
+        words = logs.words(table[0], logs.flags_of(table, row["run"]), row["seed"])
+        words += ["--out", str(tmp_path / "new")]
+        config = parse(words, rivals.Config, tasks.TASKS, rivals.METHOD_FLAGS).config
+        read = {key: value for key, value in vars(config).items() if key in row}
+        read["device"] = row["device"]
+        assert read == {key: row[key] for key in read}
 
 
 def test_each_rival_is_short_and_says_where_it_is_from():

@@ -94,7 +94,7 @@ def parse(argv: list[str] | None, config_class: type, tasks: dict[str, Any],
     given = vars(parser.parse_args(argv))
     try:
         if "resume" in given:
-            return resumed(given, config_class)
+            return resumed(given, config_class, methods)
         refuse_unused(given, of_method.unused, named.method)
         settings = {**defaults, **of_task, **(SMOKE if "smoke" in given else {}), **of_method.defaults,
                     **implied(given), **given}
@@ -163,7 +163,7 @@ def new_folder(path: Path | None, task: str) -> Path:
     return path
 
 
-def resumed(given: dict[str, Any], config_class: type) -> Arguments:
+def resumed(given: dict[str, Any], config_class: type, methods: dict[str, MethodFlags]) -> Arguments:
     """Arguments of --resume, from the first row of the run's log."""
     folder = given["resume"]
     rows = read_log(folder / "metrics.jsonl", "config", "final")
@@ -172,7 +172,7 @@ def resumed(given: dict[str, Any], config_class: type) -> Arguments:
     try:
         config = config_class(**{field.name: type(field.default)(rows[0][field.name])
                                  for field in dataclasses.fields(config_class)})
-        check(config, [])
+        check(config, methods[config.method].unused)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--resume {folder}: its log does not begin with this program's configuration ({error})")
     return Arguments(config, folder, False, "verbose" in given)

@@ -45,4 +45,5 @@ def in_slices(step: Callable, *vectors: torch.Tensor, size: int = 2 ** 22) -> An
         parts = step(*(vector[start:start + size].clone() for vector in vectors))
         for whole, part in zip(made, parts):
             whole[start:start + size] = part
+        del part, parts  # memory: while the next slice is made
     return made

@@ -316,11 +316,11 @@ def test_every_length_is_checked(checkpoint, tmp_path, capsys):
     assert "2 of 60 demonstrations are longer" in error
     assert "line 18;" in error or "line 41;" in error
     assert f"the longest has {max(lengths)} tokens" in error
-    assert "more than the model's 512" in refused(500)
+    assert "the model has room for 512" in refused(500)
     rows[5]["prompt"] = "What? " * 400
     write(tmp_path / "own.jsonl", rows)
     error = refused(max(lengths))
-    assert "line 6 has" in error and "more than the model's 512" in error
+    assert "line 6; the model has room for 512" in error
 
 
 def test_a_text_with_unknown_parts_is_refused(tmp_path, capsys):
