@@ -756,7 +756,7 @@ def train(config: Config, method: Method, task: Task, model: Model, tokenizer: T
             theta, adam = adamw_step(theta, grad, adam, lr=step.lr)
             del grad  # memory
             set_theta(model, theta)
-        run.log_step(step)
+        run.log_step(step, theta)
         if config.val_every and t % config.val_every == 0 and t < config.steps:
             run.evaluate(look, ["val"], whole=False)
         if run.due() or t == config.steps:

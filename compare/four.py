@@ -1,9 +1,9 @@
-"""The figure of the project: SFT, RL, SFT then RL, and AMFT, at one budget of responses, and mu.
+"""The figure of the project: SFT, RL, SFT then RL, a fixed mixture and AMFT at one budget of responses, and mu.
 
-    python compare/four.py      # one seed of the four into runs/compare/four-SEED (resumable), table and figure
+    python compare/four.py      # one seed of the five into runs/compare/four-SEED (resumable), table and figure
     python compare/four.py --recorded   # of the recorded seeds: compare/recorded/gp-four.png, the README's tables
 
-The four are rows of the study gp (compare/gp.json), with the flags that its search chose.
+They are rows of the study gp (compare/gp.json), with the flags that its search chose.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from compare.matrix import run_all  # noqa: E402
 from compare.plot import NO_MATPLOTLIB, Figure  # noqa: E402
 from compare.tables import interval, markdown, mean_and_half  # noqa: E402
 
-METHODS = {"sft": "SFT", "rl": "RL", "sft-rl-half": "SFT then RL", "amft": "AMFT"}
-TABLE = {"sft": "SFT", "rl": "RL", "fixed-0.5": "mu fixed at 0.5", "sft-rl-half": "SFT then RL",
-         "amft": "AMFT"}
-COLOURS = {"sft": "tab:blue", "rl": "tab:orange", "sft-rl-half": "tab:green", "amft": "black"}
+METHODS = {"sft": "SFT", "rl": "RL", "sft-rl-half": "SFT then RL", "fixed-0.5": "mu fixed at 0.5",
+           "amft": "AMFT"}
+COLOURS = {"sft": "tab:blue", "rl": "tab:orange", "sft-rl-half": "tab:green", "fixed-0.5": "tab:red",
+           "amft": "black"}
 SPLITS = {"id": "training deals", "val": "the controller's deals", "heldout": "unseen deals",
-          "ood_rule": "another rule"}
+          "ood_rule": "changed rule"}
 DRAWN = ("id", "heldout", "ood_rule")
 
 
@@ -32,7 +32,7 @@ def base_cell(row):
     return "{:.1f} [{:.0f}, {:.0f}]".format(*shares)
 
 
-def table(study, names=TABLE):
+def table(study, names=METHODS):
     """Sampled success in percent at the end: mean and 95% t-interval over seeds; the base's over deals.
 
     Of one seed no interval."""
@@ -58,7 +58,7 @@ def by_step(study, name, split):
 def draw(study, path):
     figure = Figure((15, 3.6), layout="constrained")
     *axes, balance = figure.subplots(1, 4)
-    for aside, name in zip((-6, -2, 2, 6), METHODS):
+    for aside, name in zip((-8, -4, 0, 4, 8), METHODS):
         style = dict(fmt="o-", color=COLOURS[name], label=METHODS[name], capsize=2, linewidth=1.2,
                      markersize=4)
         for axis, split in zip(axes, DRAWN):
@@ -70,16 +70,17 @@ def draw(study, path):
             balance.plot([row["step"] for row in rows], [row["mu"] for row in rows],
                          color=COLOURS[name], linewidth=0.8)
     for axis, split in zip(axes, DRAWN):
-        axis.set(title=SPLITS[split], xlabel="step")
+        axis.axhline(100 * study.base[split]["success"], color="grey", linestyle=":", linewidth=0.8)
+        axis.set(title=SPLITS[split], xlabel="step", ylim=(0, 40))
     balance.set(title="mu: 1 is SFT, 0 is RL", xlabel="step")
-    axes[0].set_ylabel("sampled success, %")
-    axes[0].legend()
+    axes[0].set_ylabel("right answers of samples, %")
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     print(path)
 
 
 def one_seed(seed, jobs):
-    """(the study of one seed of the four, its folder), which is run first."""
+    """(the study of one seed of them, its folder), which is run first."""
     rows = recorded("gp")
     folder = RUNS / f"four-{seed}"
     folder.mkdir(parents=True, exist_ok=True)

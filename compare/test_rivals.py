@@ -508,10 +508,10 @@ def stopped_in(step):
     """A Run.log_step that is stopped in this step."""
     true = harness.run.Run.log_step
 
-    def log_step(self, done):
+    def log_step(self, done, theta):
         if done.t == step:
             raise KeyboardInterrupt
-        true(self, done)
+        true(self, done, theta)
     return log_step
 
 

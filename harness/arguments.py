@@ -94,7 +94,7 @@ def parse(argv: list[str] | None, config_class: type, tasks: dict[str, Any],
     given = vars(parser.parse_args(argv))
     try:
         if "resume" in given:
-            return resumed(given, config_class, methods)
+            return resumed(given, config_class, choices, methods)
         refuse_unused(given, of_method.unused, named.method)
         settings = {**defaults, **of_task, **(SMOKE if "smoke" in given else {}), **of_method.defaults,
                     **implied(given), **given}
@@ -157,13 +157,26 @@ def new_folder(path: Path | None, task: str) -> Path:
     if path is None:
         names = (Path(f"runs/{task}" + f"-{i}" * (i > 1)) for i in range(1, 10000))
         return next(name for name in names if not name.exists())
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        go_on = f"; --resume {path} goes on with a run that is there" if (path / "metrics.jsonl").exists() else ""
+    try:
+        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:  # too long a name, a folder that cannot be read
+        raise ValueError(f"--out {path}: {error.strerror}")
+    if taken:
+        go_on = f"; --resume {path} goes on with the run that is there" if unfinished(path / "metrics.jsonl") else ""
         raise ValueError(f"--out {path}: must be a new or an empty folder{go_on}")
     return path
 
 
-def resumed(given: dict[str, Any], config_class: type, methods: dict[str, MethodFlags]) -> Arguments:
+def unfinished(log: Path) -> bool:
+    """Is it the log of a run that --resume would go on with?"""
+    try:
+        return [row["kind"] for row in read_log(log, "config", "final")] == ["config"]
+    except ValueError:
+        return False
+
+
+def resumed(given: dict[str, Any], config_class: type, choices: dict[str, list],
+            methods: dict[str, MethodFlags]) -> Arguments:
     """Arguments of --resume, from the first row of the run's log."""
     folder = given["resume"]
     rows = read_log(folder / "metrics.jsonl", "config", "final")
@@ -172,7 +185,10 @@ def resumed(given: dict[str, Any], config_class: type, methods: dict[str, Method
     try:
         config = config_class(**{field.name: type(field.default)(rows[0][field.name])
                                  for field in dataclasses.fields(config_class)})
-        check(config, methods[config.method].unused)
+        for name, known in choices.items():
+            if getattr(config, name) not in known:
+                raise ValueError(f"{option(name)} {getattr(config, name)}")
+        check(config, methods.get(config.method, MethodFlags()).unused)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--resume {folder}: its log does not begin with this program's configuration ({error})")
     return Arguments(config, folder, False, "verbose" in given)
@@ -185,6 +201,9 @@ def check(config: Any, unused: list[str]) -> None:
         value = getattr(config, field.name)
         if low is not None and not (low <= value <= high and math.isfinite(value)):
             raise ValueError(f"{option(field.name)} {value}: must be finite, in [{low}, {high}]")
+        choices = field.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{option(field.name)} {value}: must be one of {', '.join(choices)}")
     if config.warmup > config.steps:
         raise ValueError(f"--warmup {config.warmup}: at most --steps, {config.steps}")
     for name in ("prompts", "sft_batch"):

@@ -81,15 +81,16 @@ class Run:
             own = saved["own"]
             if saved["theta"].shape != theta.shape or own["log"] > self.log.stat().st_size:
                 raise ValueError("it belongs to another model or log")
-            for module, state in zip(modules, saved["modules"]):
+            for module, state in zip(modules, saved["modules"], strict=True):
                 if module:
                     module.load_state_dict(state)
             self.t, self.rollouts, self.seconds = own["t"], own["rollouts"], own["seconds"]
+            theta, adam = saved["theta"], type(adam)(*saved["adam"])
             os.truncate(self.log, own["log"])
         except Exception as error:  # garbage, empty, cut off: each has its own
             raise ValueError(f"{self.state}: is not the state of this run ({str(error).strip()[:80] or 'it is empty'})")
         self.saved = self.t
-        return saved["theta"], type(adam)(*saved["adam"])
+        return theta, adam
 
     # --- Steps
 
@@ -108,7 +109,7 @@ class Run:
             raise KeyboardInterrupt
         self.stopping = True
 
-    def log_step(self, step: Any) -> None:
+    def log_step(self, step: Any, theta: Any) -> None:
         """A row of an amft.Step, and sometimes a conversation of the policy."""
         row = dict(step=step.t, mu=step.mu, **step.metrics)
         rollouts = step.rollouts
@@ -118,6 +119,8 @@ class Run:
                        zero_adv=silent.float().mean().item(),
                        response_len=rollouts.batch.response_mask.sum(1).mean().item())
         bad = [name for name, value in row.items() if not math.isfinite(value)]
+        if not theta.isfinite().all():
+            bad.append("theta")
         if bad:
             raise FloatingPointError(f"step {step.t}: {', '.join(bad)} not finite; start again with a lower --lr")
         self.t = step.t
@@ -182,6 +185,8 @@ def one_line_errors() -> Any:
     except (ValueError, FloatingPointError) as error:
         leave(str(error), 2)
     finally:
+        if ending.run:  # who keeps the exception, as a notebook does, keeps the Run
+            ending.run.lock.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

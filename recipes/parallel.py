@@ -242,11 +242,11 @@ class Run(amft.Run):
             raise KeyboardInterrupt
         self.asked = True
 
-    def log_step(self, step):
+    def log_step(self, step, theta):
         bits, mu, asked = zip(*everyones((self.model.bits_of_theta, step.mu, self.asked)))
         if len(set(bits)) > 1 or len(set(mu)) > 1:
             raise ValueError(f"step {step.t}: the ranks no longer have one theta and one mu")
-        first(super().log_step, step)
+        first(super().log_step, step, theta)
         self.t = step.t
         self.stopping = any(asked)
 

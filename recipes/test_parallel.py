@@ -134,8 +134,8 @@ def run(rank, argv, end=None):
     seen, changed, watching = dict(steps=[]), [], [True]
 
     class Watched(parallel.Run):
-        def log_step(self, step):
-            super().log_step(step)
+        def log_step(self, step, theta):
+            super().log_step(step, theta)
             theta = amft.flatten(self.model)
             row = step.t, step.mu, step.metrics.get("meta_grad"), theta.sum().item()
             seen["steps"].append(row)
