@@ -234,7 +234,7 @@ MUTANTS = [
      "flags_that_fit or bad_flags or published"),
     ("harness/arguments.py", 'min(settings["warmup"], settings["steps"] // 2)', 'settings["warmup"]',
      "flags_that_fit or bad_flags"),
-    ("harness/arguments.py", "if path.exists() and not (path.is_dir() and not any(path.iterdir())):", "if False:",
+    ("harness/arguments.py", "if taken:", "if False:",
      "not_empty or unfinished_run or current_folder"),
     ("harness/run.py", "allow_nan=False", "allow_nan=True", "not_json"),
     ("harness/run.py", ' or own["log"] > self.log.stat().st_size', "", "states_of_something_else"),

@@ -287,6 +287,9 @@ def test_joined_conversations_are_those_of_their_own(tiny):
     torch.manual_seed(0)
     parts = [amft.rollout(policy, tokenizer, episodes[::2], 2, 34),
              amft.rollout(policy, tokenizer, episodes[1::2], 2, 5)]
+    batch = parts[1].batch  # a prompt that is wider, by padding on its left
+    wider = [torch.nn.functional.pad(x, (3, 0)) for x in (batch.input_ids, batch.attention_mask)]
+    parts[1] = parts[1]._replace(batch=amft.Batch(*wider, batch.response_mask, batch.images))
     one = parallel.joined(parts, [0, 2, 1], tokenizer.pad_token_id)
     mask = one.batch.response_mask
     assert [e.prompt for e in one.episodes] == [e.prompt for e in episodes for _ in range(2)]
