@@ -130,9 +130,9 @@ RULES = [
          "advantages are not centred over the policy's own tokens: rl_loss is not 0 on the first update", GAE,
          dict(k=("2", "3"))),
     # gradients
-    Rule("amft.py:loss_gradient", "grad += torch.cat([g.reshape(-1) for g in grads])",
-         ("grad = torch.cat([g.reshape(-1) for g in grads])",
-          "grad = (grad + torch.cat([g.reshape(-1) for g in grads])) / <k>"),
+    Rule("amft.py:loss_gradient", "total += slope.reshape(-1)",
+         ("total.copy_(slope.reshape(-1))",
+          "total.copy_((total + slope.reshape(-1)) / <k>)"),
          "gradients of micro-batches are not added: grad_norm depends on --micro-tokens",
          "--micro-tokens 600 --lr 1e-3", dict(k=("2",))),
     Rule("amft.py:rl_gradient", "batch.response_mask.sum()",
