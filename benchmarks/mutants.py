@@ -219,6 +219,13 @@ MUTANTS = [
     ("harness/run.py", "return self.stopping or time.time()", "return time.time()", "signal_waits"),
     ("amft.py", "run.evaluate(look, task.splits)\n        run.save(theta, adam, modules)\n    for",
      "run.evaluate(look, task.splits)\n    for", "second_signal or ctrl_c_while", HARNESS),
+    ("harness/run.py", "            bad.append(\"theta\")\n", "            pass\n", "too_high or non_finite or theta"),
+    ("harness/run.py", ", strict=True)", ")", "states_of_something_else"),
+    ("harness/run.py", "            ending.run.lock.close()\n", "            pass\n", "run_that_ended_is_free"),
+    ("harness/arguments.py", 'if unfinished(path / "metrics.jsonl") else ""', "if path else \"\"", "not_empty"),
+    ("harness/arguments.py", "if getattr(config, name) not in known:", "if False:", "logs_with_bad_settings"),
+    ("harness/arguments.py", "check(config, methods.get(config.method, MethodFlags()).unused)", "check(config, [])",
+     "interrupted_run or took_goes_on"),
     ("harness/run.py", "if not locked(self.lock):", "if False:", "second_process or two_that_start"),
     ("harness/run.py", 'self.screen.finish(self.rows("step", "eval"))\n'
      '        self.write("final", rollouts=self.rollouts, seconds=round(self.seconds, 1))',

@@ -22,6 +22,8 @@ SAVE_SECONDS = 30  # between states
 
 
 class Run:
+    lock = None  # the log, opened; of another rank, which does not write, none
+
     def __init__(self, arguments: Any, model: Any):
         """Take the folder. ValueError where another process is writing there."""
         config, folder, new, verbose = arguments
@@ -185,7 +187,7 @@ def one_line_errors() -> Any:
     except (ValueError, FloatingPointError) as error:
         leave(str(error), 2)
     finally:
-        if ending.run:  # who keeps the exception, as a notebook does, keeps the Run
+        if ending.run and ending.run.lock:  # who keeps the exception, as a notebook does, keeps the Run
             ending.run.lock.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
