@@ -76,7 +76,9 @@ class Run:
         if not self.state.exists():
             if self.rows("step"):
                 raise ValueError(f"{self.state}: is gone, and without it the run cannot go on")
-            os.truncate(self.log, len(self.log.open("rb").readline()))
+            with open(self.log, "rb") as file:
+                first = file.readline()
+            os.truncate(self.log, len(first))
             return theta, adam
         try:
             saved = torch.load(self.state, map_location=theta.device, weights_only=True)

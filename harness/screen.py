@@ -89,7 +89,7 @@ class Screen:
                             for b, a in zip(before, after))
         last = [row for row in rows if row["kind"] == "step"][-1]
         self.print(f"Of the samples right, %: {changes}. mu ended at {last['mu']:.2f}; {last['rollouts']} responses in "
-                   f"{last['seconds'] / 60:.1f} minutes, evaluations apart. {figure}")
+                   f"{last['seconds'] / 60:.1f} minutes, the last evaluation apart. {figure}")
 
 
 def words(split: str) -> str:
