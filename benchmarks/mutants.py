@@ -1,6 +1,6 @@
 """Break the code on purpose, one silent bug at a time, and see the named tests fail.
 
-    python benchmarks/mutants.py                           # all, 30 minutes on a core
+    python benchmarks/mutants.py                           # all, 20 minutes on a core
     python benchmarks/mutants.py --only '*temperature*'    # rows whose printed line matches
     python benchmarks/mutants.py --check                   # no tests: is each bug's text still there?
 
