@@ -12,7 +12,7 @@ and a controller learns their balance mu from what mu does to success on held-ou
 
 Differs from the paper:
     Eq. 5 goes through the step that is taken (clipping, AdamW, momentum), not through plain SGD
-    Eq. 6 moves mu by dU/dmu's sign, as far as it is sure (--controller paper: to the letter)
+    Eq. 6 holds mu at --mu, off it by how sure dU/dmu's sign is (--controller paper: to the letter)
     U can also be of the step's own prompts, for a dot product (--utility val: Eq. 4)
     the entropy's sign is Eq. 6's; the paper's text has the other one (--eta-h below 0)
     both losses are divided by their batch's response tokens; the paper leaves it open
@@ -38,6 +38,7 @@ from functools import partial
 from typing import Any, Callable, NamedTuple
 
 from harness.arguments import METHOD_FLAGS, RunConfig, flag, parse, stop_quietly
+from harness.evaluation import evaluation
 from harness.screen import table
 from tasks import IMAGE, TASKS, Task
 
@@ -50,10 +51,9 @@ class Config(RunConfig):
     mu: float = flag(0.5, "mu of fixed, and where amft starts", 0, 1)
     warmup: int = flag(10, "W: the first steps, SFT alone; of sft-rl 0: half", 0)
     # The controller
-    controller: str = flag("evidence", "paper: Eq. 6, trace 0, U on val",
-                           choices=("evidence", "paper"))
-    eta_mu: float = flag(0.05, "most that a step moves mu; paper: its rate; 0: no meta-gradient", 0)
-    eta_h: float = flag(0.5, "mu's move per step and nat of entropy below H*", -1e6, 1e6)
+    controller: str = flag("evidence", "paper: Eq. 6 as printed", choices=("evidence", "paper"))
+    eta_mu: float = flag(0.45, "most that dU/dmu moves mu; paper: its rate; 0: none", 0)
+    eta_h: float = flag(0.1, "mu's move per nat of entropy below H*; paper: a step's", -1e6, 1e6)
     mu_min: float = flag(0.05, "mu stays at or above", 0, 1)
     mu_max: float = flag(0.95, "mu stays at or below", 0, 1)
     utility: str = flag("both", "whose success; train: the step's own prompts'",
@@ -529,25 +529,28 @@ def own_meta_gradient(g_rl: Tensor, d_theta: Tensor, batch: Batch, scale: float)
     return slope, abs(slope)
 
 def update_mu(mu: float, entropy: float, target_entropy: float, estimates: list, evidence: tuple,
-              config: Config, memory: float = 0.98) -> tuple:
-    """Eq. 6: mu' = clip(mu + meta force + entropy force) -> (mu', evidence', both forces).
-    estimates: new (dU/dmu, standard error); evidence: (their fading sum, its variance)."""
+              config: Config, memory: float = 0.98, effect: float = 0.4,
+              odds: float = 0.2) -> tuple:
+    """Eq. 6 -> (mu', evidence', (meta force, entropy force)). estimates: new (dU/dmu, its error);
+    evidence: fading (sum of their ratios z, number)."""
     # Differs from the paper's text, which has the other sign: Eq. 6 lifts mu where H is below H*.
     entropy_force = config.eta_h * (target_entropy - entropy)
-    meta_force = 0.0
     seen = [(slope, error) for slope, error in estimates if error > 0]  # 0: no sample differed
-    slope = sum(slope for slope, _ in seen)
-    if seen and config.controller == "paper":
-        meta_force = config.eta_mu * slope
-    elif seen:
-        # Differs: dU/dmu is tiny and mostly noise. Its sign is positive with probability Phi(z),
-        # z = total / sqrt(variance): mu moves by its expected sign, 2 Phi(z) - 1 = erf(z / sqrt 2).
-        total = memory * evidence[0] + slope
-        variance = memory ** 2 * evidence[1] + sum(error ** 2 for _, error in seen)
-        meta_force = config.eta_mu * math.erf(total / math.sqrt(2 * variance))
-        evidence = (total, variance)
-    mu = mu + meta_force + entropy_force
-    return min(max(mu, config.mu_min), config.mu_max), evidence, (meta_force, entropy_force)
+    if config.controller == "paper":
+        meta_force = config.eta_mu * sum(slope for slope, _ in seen)
+    else:
+        # Differs: dU/dmu is tiny and mostly noise, whose sum would carry mu to an end. Here mu is
+        # --mu + eta_mu (P[dU/dmu > 0] - P[dU/dmu < 0]): without evidence it comes to rest there.
+        mu = config.mu
+        zs = [min(max(slope / error, -3), 3) for slope, error in seen]  # few prompts: heavy tails
+        fade = memory if zs else 1.0
+        total, n = evidence = (fade * evidence[0] + sum(zs), fade * evidence[1] + len(zs))
+        # z ~ N(effect, 1), N(0, 1) or N(-effect, 1); the outer ones have prior odds to the middle.
+        log_ratio, zero = effect * total, math.exp(n * effect ** 2 / 2) / odds
+        belief = 2 * math.sinh(log_ratio) / (zero + 2 * math.cosh(log_ratio))
+        meta_force = config.eta_mu * belief
+    mu = min(max(mu + meta_force + entropy_force, config.mu_min), config.mu_max)
+    return mu, evidence, (meta_force, entropy_force)
 
 # --- Methods: what chooses mu ---
 @dataclasses.dataclass
@@ -635,15 +638,12 @@ class Controller(Method):
         super().__init__(config, task, policy)
         self.mu = config.mu
         self.target_entropy = None  # H*, of the first samples after the warm-up
-        self.evidence = (0.0, 0.0)  # on dU/dmu, see update_mu
+        self.evidence = (0.0, 0.0)  # of dU/dmu's sign, see update_mu
         self.sensitivity = None  # d (theta, m, v)/d mu, (N,) each; None before the first mixed step
 
     def state_dict(self):
-        return dict(
-            mu=self.mu,
-            target_entropy=self.target_entropy,
-            evidence=self.evidence,
-            sensitivity=self.sensitivity)
+        return dict(mu=self.mu, target_entropy=self.target_entropy, evidence=self.evidence,
+                    sensitivity=self.sensitivity)
 
     def choose_mu(self, step):
         if step.rollouts is None:
@@ -654,10 +654,8 @@ class Controller(Method):
         estimates = self.estimates(step) if self.sensitivity else []
         self.mu, self.evidence, forces = update_mu(
             self.mu, entropy, self.target_entropy, estimates, self.evidence, self.config)
-        step.metrics.update(
-            meta_force=forces[0],
-            entropy_force=forces[1],
-            target_entropy=self.target_entropy)
+        step.metrics.update(meta_force=forces[0], entropy_force=forces[1],
+                            target_entropy=self.target_entropy)
         return self.mu
 
     def estimates(self, step):
@@ -678,7 +676,9 @@ class Controller(Method):
             slope, error = meta_gradient(self.policy[0], d_theta, val, config,
                                          self.val_advantages(step, val))
             step.metrics.update(meta_grad=slope, meta_se=error)
-            estimates.append((slope, error))
+            informative = (val.success.std(1) > 0).sum()
+            if informative > 2 or config.controller == "paper":  # of one or two |z| is 1 by algebra
+                estimates.append((slope, error))
         return estimates
 
     def val_advantages(self, step, val):
@@ -765,17 +765,16 @@ def train(config: Config, method: Method, task: Task, model: Model, tokenizer: T
 # --- Evaluation ---
 @torch.no_grad()
 def evaluate(model: Model, tokenizer: Tokenizer, task: Task, config: Config, split: str,
-             samples: int = 4, at_once: int = 64) -> dict:
+             temperature: float, samples: int, at_once: int = 32) -> dict:
     """A row of the log, see Task.measures; always the same episodes, and noise of one seed."""
     torch.manual_seed(0)
     episodes = task.episodes(split, config.eval_n)
-    sampled, greedy = [], []
+    played = []
     for start in range(0, len(episodes), at_once):
         part = episodes[start:start + at_once]
         n = config.max_new_tokens
-        sampled += rollout(model, tokenizer, part, samples, n, config.temperature).episodes
-        greedy += rollout(model, tokenizer, part, 1, n, temperature=0).episodes
-    return dict(split=split, n=len(episodes), samples=samples, **task.measures(sampled, greedy))
+        played += rollout(model, tokenizer, part, samples, n, temperature).episodes
+    return dict(split=split, n=len(episodes), samples=samples, **task.measures(played, samples))
 
 # --- A run, from its arguments ---
 def main(argv: Any = None, methods: dict = METHODS, config_class: type = Config,
@@ -787,13 +786,14 @@ def main(argv: Any = None, methods: dict = METHODS, config_class: type = Config,
         task = make_task(config, TASKS)
         learns = arguments.folder is not None
         model, tokenizer = load_policy(config, task, sys.modules[__name__], learns)
+        look = partial(evaluate, model, tokenizer, task, config)
         if not learns:
-            rows = [evaluate(model, tokenizer, task, config, split) for split in task.splits]
-            return print(table({config.model: rows}))
+            rows = evaluation(look, task.splits, config.temperature, config.eval_samples)
+            return print(table({config.model: list(rows)}))
         run = stop.run = Run(arguments, model)
         method = methods[config.method](config, task, (model, tokenizer))
         train(config, method, task, model, tokenizer, run)
-        run.evaluate(partial(evaluate, model, tokenizer, task, config), task.splits)
+        run.evaluate(look, task.splits)
         run.finish(model, tokenizer)
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python base/make.py --init first --steps 2700 --compile                 # all three families: writes base/
     python base/make.py --pictures --init base --steps 1100 --tokens 8000   # with eyes: writes base-vl/
     python base/make.py --families math --steps 700 --tokens 5000 --out base/early   # mathematics, early in its pretraining
+    python base/make.py --init base --noise 0.45 --steps 0 --out base/worn  # one that has forgotten nearly all of it
     python base/make.py --steps 20 --out some/folder                        # a trial
 
 51, 43 and 27 minutes (the last on one core of two) for the shipped ones, 4 on one core for base/early. The first
@@ -258,17 +259,25 @@ def warm_start(model, tokenizer, folder):
                 target[row] = tensor[old_words[word]]
 
 
+def wear(model, share):
+    """Add noise to each weight matrix, `share` of its own standard deviation: in place."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter += share * parameter.std() * torch.randn_like(parameter)
+
+
 # --- Pretraining ----------------------------------------------------------------------------------
 
 
 def learning_rate(step, steps):
     """Share of the peak: up over 100 steps, then a cosine to 1%."""
-    warm = (step + 1) / min(100, steps)
-    return min(warm, 0.505 + 0.495 * math.cos(math.pi * step / steps))
+    warm = (step + 1) / min(100, max(steps, 1))
+    return min(warm, 0.505 + 0.495 * math.cos(math.pi * step / max(steps, 1)))
 
 
 def pretrain(model, tokenizer, families, rows, width, args):
-    """Train it in place; the running mean of the loss."""
+    """Train it in place; the running mean of the loss, nan after no step."""
     rng = random.Random(args.seed)
     used = dict.fromkeys(families, 0)
     forward = torch.compile(model) if args.compile else model
@@ -279,7 +288,7 @@ def pretrain(model, tokenizer, families, rows, width, args):
     causal = torch.ones(width, width, dtype=torch.bool, device=args.device).tril()
     device_type = torch.device(args.device).type
     bar = trange(args.steps, desc="pretraining", mininterval=5)
-    smooth = None
+    smooth = math.nan
     for _ in bar:
         batch = make_rows(tokenizer, rows, width, families, args.pictures, rng, used)
         ids, labels, positions, documents, pixels = (
@@ -296,7 +305,7 @@ def pretrain(model, tokenizer, families, rows, width, args):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix(loss=f"{smooth:.4f}")
     return smooth
 
@@ -309,7 +318,9 @@ def arguments(argv):
     parser.add_argument("--pictures", action="store_true",
                         help="a LLaVA that sees the cards and the streets; no math")
     parser.add_argument("--init", help="checkpoint folder whose text weights are the start")
-    parser.add_argument("--steps", type=int, default=9000, help="optimiser steps")
+    parser.add_argument("--noise", type=float, default=0.0, metavar="SHARE",
+                        help="then add so much of each weight matrix's deviation to it")
+    parser.add_argument("--steps", type=int, default=9000, help="optimiser steps; 0: none")
     parser.add_argument("--tokens", type=int, default=11000, help="tokens in a step, about")
     parser.add_argument("--lr", type=float, default=2e-3,
                         help="peak learning rate; 100 steps up, then cosine to 1%%")
@@ -333,6 +344,7 @@ def main(argv=None):
     model = build(tokenizer, args.pictures).to(args.device)
     if args.init:
         warm_start(model, tokenizer, args.init)
+    wear(model, args.noise)
     start = time.time()
     loss = pretrain(model, tokenizer, families, rows, width, args)
     minutes = (time.time() - start) / 60

@@ -4,6 +4,7 @@ Each runs through the same loop. Shapes: P prompts, G samples of each.
 """
 
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -34,16 +35,37 @@ def pass_advantages(success, k):
     return success.new_tensor([[advantage(sum(row), right) for right in row] for row in rows])
 
 
-class Recent(amft.Controller):
-    """Evidence of the last ten looks or so, 50 steps, not of 50 looks: it fades by 0.9, not by 0.98."""
+class Null(amft.Controller):
+    """AMFT told nothing: each estimate is replaced by noise of its own error. A rule must beat it."""
 
     def estimates(self, step):
-        estimates = super().estimates(step)
-        if any(error > 0 for _, error in estimates):  # else update_mu leaves the evidence as it is
-            total, variance = self.evidence
-            more = 0.9 / 0.98  # update_mu does the rest
-            self.evidence = (more * total, more ** 2 * variance)
-        return estimates
+        rng = random.Random(f"null {self.config.seed} {step.t}")
+        return [(rng.gauss(0, error), error) for _, error in super().estimates(step)]
+
+
+class Sum(amft.Controller):
+    """AMFT as it was: adds up dU/dmu, and moves mu in each step by the sign of the sum, as far as it is sure.
+
+    It integrates twice, so it never rests: of noise alone 3 runs in 5 end at a limit."""
+
+    def choose_mu(self, step):
+        if step.rollouts is None:
+            return 1.0
+        entropy = step.rollouts.entropy
+        if self.target_entropy is None:
+            self.target_entropy = entropy
+        seen = [one for one in (self.estimates(step) if self.sensitivity else []) if one[1] > 0]
+        meta_force = 0.0
+        if seen:
+            total = 0.98 * self.evidence[0] + sum(slope for slope, _ in seen)
+            variance = 0.98 ** 2 * self.evidence[1] + sum(error ** 2 for _, error in seen)
+            meta_force = 0.05 * math.erf(total / math.sqrt(2 * variance))
+            self.evidence = (total, variance)
+        entropy_force = 0.05 * (self.target_entropy - entropy)
+        step.metrics.update(meta_force=meta_force, entropy_force=entropy_force)
+        mu = self.mu + meta_force + entropy_force
+        self.mu = min(max(mu, self.config.mu_min), self.config.mu_max)
+        return self.mu
 
 
 class Rule(amft.Controller):
@@ -119,7 +141,8 @@ class AutoWarmup(amft.Controller):
 
 
 CONTROLLERS = {
-    "amft-recent": Recent,
+    "amft-null": Null,
+    "amft-sum": Sum,
     "amft-rule": Rule,
     "amft-pass": Pass,
     "amft-pass4": PassThroughout,

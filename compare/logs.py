@@ -25,8 +25,8 @@ RECORDED = ROOT / "compare" / "recorded"
 KEEP = {
     "step": ("step", "mu", "meta_grad", "meta_se", "meta_own", "meta_force", "entropy_force",
              "entropy", "success", "rollouts", "grad_norm_sft"),
-    "eval": ("step", "split", "n", "success", "low", "high", "any", "greedy", "first_try",
-             "step_accuracy", "recognition"),
+    "eval": ("step", "split", "n", "success", "low", "high", "any", "greedy", "temperature", "best", "hits",
+             "first_try", "step_accuracy", "recognition"),
 }  # of the other kinds, all
 
 
@@ -233,14 +233,15 @@ def first(value):
 
 
 def trial_values(table, name):
-    """Success of a run's trials in percent: the mean over the search's splits; val, if none is named."""
+    """The spec's measure of a run's trials in percent: the mean over the search's splits; val, if none is named."""
     *group, last = name.split("/")
     search = table[0]["search"]
     splits = search.get("splits", ["val"])
+    measure = table[0].get("measure", "success")
     study = Study(table, "/".join(["search", *group]))
     values = []
     for i in range(len(table[0]["runs"][name])):
-        ends = [study.at_end(f"{last}.{i}", search["seed"], split) for split in splits]
+        ends = [study.at_end(f"{last}.{i}", search["seed"], split, measure) for split in splits]
         values.append(statistics.mean(ends))
     return values
 

@@ -38,6 +38,7 @@ class Config(amft.Config):
     # Of the comparison
     responses: int = amft.flag(0, "so many samples in all, evenly; 0: --prompts at each step", 0)
     splits: str = amft.flag("", "only these, comma-separated, and all of them at --val-every")
+    before: int = amft.flag(1, "evaluate before training, too; 0: no", 0, 1)
     # Of a rival
     gate: float = amft.flag(0.0, "hpt: imitate where at most this share is correct", 0, 1)
     shape: float = amft.flag(0.1, "luffy: gamma of p / (p + gamma)", 1e-6)
@@ -430,14 +431,16 @@ METHOD_FLAGS.update({
 
 
 class Run(amft.Run):
-    """A run that evaluates --splits alone, also where amft.py looks at val."""
+    """A run that evaluates --splits alone, also where amft.py looks at val, and not where --before is 0."""
 
     def __init__(self, arguments, model):
         super().__init__(arguments, model)
+        self.before = arguments.config.before
         self.only = arguments.config.splits
 
     def evaluate(self, evaluate, splits, whole=True):
-        super().evaluate(evaluate, self.only.split(",") if self.only else splits, whole)
+        if self.t or self.before:
+            super().evaluate(evaluate, self.only.split(",") if self.only else splits, whole)
 
 
 def listing():

@@ -65,7 +65,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def unevaluated(monkeypatch):
     """Runs without their evaluations."""
-    row = dict(split="val", n=1, samples=4, success=0.0, low=0.0, high=1.0, any=0.0, greedy=0.0)
+    row = dict(split="val", n=1, samples=4, success=0.0, low=0.0, high=1.0, any=0.0, hits=[0])
     monkeypatch.setattr(amft, "evaluate", lambda *_: row)
 
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SMOKE = dict(steps=9, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, meta_every=2, eval_n=40)
-EVALUATION = "task model data data_test eval_n temperature max_new_tokens device bf16 smoke eval_only".split()
+SMOKE = dict(steps=9, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, meta_every=2, eval_n=16, eval_samples=4)
+EVALUATION = "task model data data_test eval_n eval_samples temperature max_new_tokens device bf16 smoke eval_only".split()
 
 
 CONTROLLER = "controller eta_mu eta_h mu_min mu_max utility meta_every trace".split()
@@ -34,6 +34,7 @@ class RunConfig:
     data: str = flag("", "math: your problems, .jsonl (prompt, solution, answer) or .py")
     data_test: str = flag("", "math: more of them, only evaluated")
     eval_n: int = flag(400, "episodes of a split, at most", 1)
+    eval_samples: int = flag(16, "samples of each, before and after training", 1)
     val_every: int = flag(0, "steps between evaluations on val; 0: none", 0)
     device: str = flag("auto", "auto: the first here of cuda, mps, cpu")
     micro_tokens: int = flag(4096, "tokens in a pass, a sequence at least: memory only", 1)

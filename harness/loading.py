@@ -77,7 +77,7 @@ def is_shipped(config: Any, task: Any) -> bool:
     """Is it a policy of this repository, with its task's settings? Those are known to work."""
     room = task.defaults.get("max_new_tokens", type(config).max_new_tokens)
     unusual = config.data, config.data_test, config.bf16, config.gradient_checkpointing
-    return config.model == "base" and config.max_new_tokens == room and not any(unusual)
+    return config.model in ("base", "base/worn") and config.max_new_tokens == room and not any(unusual)
 
 
 def make_task(config: Any, tasks: dict) -> Any:

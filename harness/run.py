@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from harness.arguments import program, read_log
+from harness.evaluation import evaluation, short_evaluation
 from harness.screen import Screen
 
 SAVE_SECONDS = 30  # between states
@@ -139,9 +140,14 @@ class Run:
         return self.stopping or time.time() - self.clock > SAVE_SECONDS
 
     def evaluate(self, evaluate: Any, splits: Any, whole: bool = True) -> None:
-        """A row of the log for each split."""
-        for split in tqdm(splits, desc="evaluation", leave=False, disable=None):
-            self.write("eval", step=self.t, whole=whole, **evaluate(split))
+        """A row of the log for each split; whole: at every policy's best temperature, too (harness.evaluation)."""
+        config = self.screen.config
+        if whole:
+            rows = evaluation(evaluate, splits, config.temperature, config.eval_samples)
+        else:
+            rows = short_evaluation(evaluate, splits, config.temperature)
+        for row in tqdm(rows, desc="evaluation", total=len(splits), leave=False, disable=None):
+            self.write("eval", step=self.t, whole=whole, **row)
 
     def finish(self, model: Any, tokenizer: Any) -> None:
         """Leave the policy, the figure and the table, and last the row that says so."""

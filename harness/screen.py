@@ -38,8 +38,10 @@ class Screen:
 
     def show(self, row: dict) -> None:
         if row["kind"] == "eval":
-            self.print(f"after step {row['step']}, {words(row['split'])}: {percent(row)} of samples right, "
-                       f"{100 * row['greedy']:.0f} of greedy responses")
+            text = f"after step {row['step']}, {words(row['split'])}: {percent(row)} of samples right"
+            if row["whole"]:
+                text += f", {100 * row['best'][0]:.1f}% at its best temperature, {row['temperature']}"
+            self.print(text)
         if row["kind"] == "step":
             self.rows.append(row)
             self.first = self.first or row
@@ -83,12 +85,13 @@ class Screen:
         evals = [row for row in rows if row["kind"] == "eval" and row["whole"]]
         before = [row for row in evals if row["step"] == 0]
         after = [row for row in evals if row["step"] == self.config.steps]
-        self.print(table({"before": before, "after": after}))
+        self.print(table({"before": before, "after": after} if before else {"after": after}))
         figure = curves(rows, self.folder / "curves.png")
-        changes = ", ".join(f"{words(b['split'])} {100 * b['success']:.0f} -> {100 * a['success']:.0f}"
-                            for b, a in zip(before, after))
+        changes = ", ".join(f"{words(b['split'])} {100 * b['best'][0]:.0f} -> {100 * a['best'][0]:.0f}"
+                            for b, a in zip(before or after, after))
+        temperatures = " before, ".join(str(rows[0]["temperature"]) for rows in (before, after) if rows) + " after"
         last = [row for row in rows if row["kind"] == "step"][-1]
-        self.print(f"Of the samples right, %: {changes}. mu ended at {last['mu']:.2f}; {last['rollouts']} responses in "
+        self.print(f"Right at its best temperature ({temperatures}), %: {changes}. mu ended at {last['mu']:.2f}; {last['rollouts']} responses in "
                    f"{last['seconds'] / 60:.1f} minutes, the last evaluation apart. {figure}")
 
 
@@ -103,18 +106,21 @@ def shorten(text: str, most: int = 120) -> str:
     return line if len(line) <= most else "... " + line[-most:]
 
 
-def percent(row: dict) -> str:
-    return f"{100 * row['success']:.1f}% [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+def percent(row: dict, key: str = "") -> str:
+    share, low, high = row[key] if key else (row["success"], row["low"], row["high"])
+    return f"{100 * share:.1f}% [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def table(columns: dict[str, list[dict]]) -> str:
-    """The text of a table of success in percent; columns: {heading: [eval row of each split]}."""
-    lines = [f"{'right, %':30}" + "".join(f"{heading + ': samples [95%]':>26}{'any of 4':>10}{'greedy':>8}"
-                                          for heading in columns)]
+    """The text of a table of success in percent; columns: {heading: [eval row of each split]}, see harness.evaluation."""
+    lines = [f"{'right, %':42}" + "".join(
+        f"{f'{heading}, at T = ' + str(rows[0]['temperature']):>26}{'one of ' + str(rows[0]['samples']):>11}{'as trained':>12}"
+        for heading, rows in columns.items())]
     for rows in zip(*columns.values()):
-        cells = [f"{percent(row):>26}{100 * row['any']:10.0f}{100 * row['greedy']:8.0f}" for row in rows]
+        cells = [f"{percent(row, 'best'):>26}{100 * row['any']:11.0f}{100 * row['success']:12.1f}" for row in rows]
         split = rows[0]["split"]
-        lines.append(f"{words(split) + f' ({split})' * (split in WORDS):30}" + "".join(cells))
+        lines.append(f"{words(split) + f' ({split})' * (split in WORDS):42}" + "".join(cells))
+    lines.append("T: each policy's best temperature on the first line's problems; as trained, one of n: at the temperature of training")
     return "\n".join(lines)
 
 
@@ -144,7 +150,7 @@ def curves(rows: list[dict], path: Path) -> str:
     curve(mu, "mu", "mu", color="black")
     curve(moves, "meta_force", "by the meta-gradient", linewidth=0.8)
     curve(moves, "entropy_force", "by the entropy", linewidth=0.8)
-    success.set(title="share of samples right; dotted: before training", xlabel="step", ylim=(0, None))
+    success.set(title="share of samples right\nat its best temperature: dotted before training, star after", xlabel="step", ylim=(0, None))
     sharpness.set(title="how undecided, how far from the expert", xlabel="step", ylim=(0, None))
     mu.set(title="mu: 0 is RL, 1 is SFT", ylim=(0, 1))
     moves.set(title="how far a step moved mu", xlabel="step")
@@ -156,9 +162,14 @@ def curves(rows: list[dict], path: Path) -> str:
 
 
 def draw_split(axis: Any, rows: list[dict]) -> None:
-    """The evaluations of a split with their intervals, and a dotted line from the first one."""
+    """A split at the temperature of training with its intervals; dotted and star: at the best one, before and after."""
     x = [row["step"] for row in rows]
     y = [row["success"] for row in rows]
     errors = [[row["success"] - row["low"] for row in rows], [row["high"] - row["success"] for row in rows]]
     line = axis.errorbar(x, y, errors, fmt="o-", label=words(rows[0]["split"]), linewidth=0.9, markersize=4, capsize=2)
-    axis.plot([x[0], x[-1]], [y[0], y[0]], ":", linewidth=0.7, color=line[0].get_color())
+    colour = line[0].get_color()
+    for row in rows:
+        if "best" in row and row["step"]:
+            axis.plot(row["step"], row["best"][0], "*", markersize=9, color=colour)
+        elif "best" in row:
+            axis.plot([x[0], x[-1]], [row["best"][0]] * 2, ":", linewidth=0.7, color=colour)

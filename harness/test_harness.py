@@ -67,8 +67,8 @@ def tiny(tmp_path_factory):
     return str(folder)
 
 
-def no_evaluation(model, tokenizer, task, config, split):
-    measures = dict(n=1, success=0.0, low=0.0, high=1.0, any=0.0, greedy=0.0, outcomes={})
+def no_evaluation(model, tokenizer, task, config, split, temperature, samples):
+    measures = dict(n=1, samples=1, success=0.0, low=0.0, high=1.0, any=0.0, hits=[0], outcomes={})
     return dict(measures, split=split)
 
 

@@ -222,8 +222,8 @@ def test_floats_a_parameter_at_the_peak_of_a_run(wide, tmp_path, monkeypatch):
     monkeypatch.setattr(running.Run, "save", lambda *_: None)
     outcomes = ("no_answer", "correct")
     monkeypatch.setattr(tasks.Deal, "grade", lambda self, text: outcomes[len(text) % 2])
-    measures = dict(n=1, success=0.0, low=0.0, high=1.0, any=0.0, greedy=0.0, outcomes={})
-    monkeypatch.setattr(amft, "evaluate", lambda *words: dict(measures, split=words[-1]))
+    measures = dict(n=1, samples=1, success=0.0, low=0.0, high=1.0, any=0.0, hits=[0], outcomes={})
+    monkeypatch.setattr(amft, "evaluate", lambda *words: dict(measures, split=words[4]))
     names = ["rl_gradient", "sft_gradient", "meta_gradient", "step_sensitivity", "adamw_step"]
     alive = Alive()
     peaks = watch(monkeypatch, names, alive)
