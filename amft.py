@@ -110,10 +110,13 @@ class Batch(NamedTuple):
     images: list  # B, each row's pictures in reading order, a list of (H, W, 3) uint8
 
     def rows(self, rows):
-        chosen = torch.arange(len(self.input_ids), device=self.input_ids.device)[rows].tolist()
-        images = [self.images[i] for i in chosen]
+        input_ids = self.input_ids[rows]
+        images = [[]] * len(input_ids)
+        if any(self.images):  # which ones: that is waited for
+            chosen = torch.arange(len(self.images), device=input_ids.device)[rows].tolist()
+            images = [self.images[i] for i in chosen]
         return Batch(
-            self.input_ids[rows],
+            input_ids,
             self.attention_mask[rows],
             self.response_mask[rows],
             images)
