@@ -92,10 +92,12 @@ from transformers import PreTrainedModel as Model  # noqa: E402
 from transformers import PreTrainedTokenizerBase as Tokenizer  # noqa: E402
 
 from harness.cache import max_length, with_room  # noqa: E402
+from harness.capture import Decoding, begin, decoding, draw  # noqa: E402
 from harness.loading import load_policy, make_task  # noqa: E402
 from harness.memory import by_rows, by_slices  # noqa: E402
 from harness.pictures import pixel_values, place_pictures  # noqa: E402
 from harness.run import Run, one_line_errors  # noqa: E402
+from harness.tokens import pad, token_ids  # noqa: E402
 from harness.value import value_function  # noqa: E402
 
 # --- The policy: conversations as token ids ---
@@ -108,10 +110,16 @@ class Batch(NamedTuple):
     images: list  # B, each row's pictures in reading order, a list of (H, W, 3) uint8
 
     def rows(self, rows):
-        chosen = torch.arange(len(self.input_ids), device=self.input_ids.device)[rows].tolist()
-        images = [self.images[i] for i in chosen]
+        input_ids = self.input_ids[rows]
+        images = [[]] * len(input_ids)
+        if any(self.images):  # which ones: that is waited for
+            chosen = torch.arange(len(self.images), device=input_ids.device)[rows].tolist()
+            images = [self.images[i] for i in chosen]
         return Batch(
-            self.input_ids[rows], self.attention_mask[rows], self.response_mask[rows], images)
+            input_ids,
+            self.attention_mask[rows],
+            self.response_mask[rows],
+            images)
 
     @property
     def responses(self):  # (B, T)
@@ -125,15 +133,7 @@ def stop_token_ids(model: Model) -> list:
 def encode_text(model: Model, tokenizer: Tokenizer, text: str, first: bool = True) -> list:
     """Token ids of what a task shows: a prompt (first), or an observation."""
     text = place_pictures(model, text)
-    if tokenizer.chat_template:
-        from recipes.checkpoints import encode_chat
-        return encode_chat(tokenizer, text, first)
-    return tokenizer(text, add_special_tokens=first)["input_ids"]
-
-def pad(tokenizer: Tokenizer, rows: list, side: str, device: Any) -> tuple:
-    """(ids, attention mask), each (B, width), of lists of token ids."""
-    padded = tokenizer.pad(dict(input_ids=rows), padding_side=side, return_tensors="pt")
-    return padded["input_ids"].to(device), padded["attention_mask"].to(device)
+    return token_ids(tokenizer, text, first, template=tokenizer.chat_template)
 
 def encode_observations(model: Model, tokenizer: Tokenizer, episodes: list, texts: list,
                         first: bool = False) -> tuple:
@@ -155,19 +155,19 @@ def encode_demos(model: Model, tokenizer: Tokenizer, episodes: list) -> Batch:
                 observation = encode_text(model, tokenizer, turn.shown, first=False)
                 rest += observation
                 mask += [0.0] * len(observation)
-            response = tokenizer(turn.response, add_special_tokens=False)["input_ids"]
+            response = token_ids(tokenizer, turn.response, False)
             response += stop_token_ids(model)[:1]  # has loss, or the policy would not learn to stop
             rest += response
             mask += [float(turn.learn)] * len(response)
         prompts.append(encode_text(model, tokenizer, turns[0].shown))
         rests.append(rest)
-        masks.append(torch.tensor(mask, device=model.device))
+        masks.append(torch.tensor(mask))
         images.append([turn.image for turn in turns if turn.image is not None])
     prompt_ids, prompt_attention = pad(tokenizer, prompts, "left", model.device)
     rest_ids, rest_attention = pad(tokenizer, rests, "right", model.device)
     attention_mask = torch.cat([prompt_attention, rest_attention], 1)
-    return Batch(torch.cat([prompt_ids, rest_ids], 1), attention_mask, pad_sequence(masks, True),
-                 images)
+    response_mask = pad_sequence(masks, True).to(model.device)
+    return Batch(torch.cat([prompt_ids, rest_ids], 1), attention_mask, response_mask, images)
 
 # --- The policy: log-probabilities ---
 def model_inputs(input_ids: Tensor, attention_mask: Tensor, images: list, start: int = 0) -> dict:
@@ -226,43 +226,42 @@ def prefill(model: Model, input_ids: Tensor, attention_mask: Tensor, images: lis
     inputs = model_inputs(input_ids[:, :-1], attention_mask[:, :-1], images, known)
     return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
 
+def decode_step(model: Model, temperature: float, cache: Cache, state: Decoding,
+                attention_mask: Tensor) -> None:
+    """A token of each conversation: cache and state go on by a column, in their place, and nothing
+    waits for the device, which can replay it. attention_mask: state's, as far as it has come."""
+    output = model(
+        input_ids=state.input_ids.index_select(1, state.column - 1),
+        attention_mask=attention_mask,
+        position_ids=state.attention_mask.sum(1, keepdim=True) - 1,
+        past_key_values=cache, use_cache=True)
+    logits = output.logits[:, -1].float()  # (B, V)
+    logps = logits.log_softmax(-1)
+    if temperature:
+        token = draw((logits / temperature).softmax(-1))
+    else:
+        token = logits.argmax(-1)
+    token = token.masked_fill(~state.speaking, model.generation_config.pad_token_id)
+    state.append(token, entropy=-(logps.exp() * logps).sum(-1))
+
 def generate_reply(model: Model, input_ids: Tensor, attention_mask: Tensor, cache: Cache,
                    done: Tensor, max_new_tokens: int, temperature: float) -> Reply:
     """A response of each conversation (B, S) that is not done (B,); temperature 0 is greedy."""
-    B, S = input_ids.shape
-    stops = input_ids.new_tensor(stop_token_ids(model))
-    attention_mask = torch.cat([attention_mask, attention_mask.new_zeros(B, max_new_tokens)], 1)
-    position = attention_mask.sum(1) - 1
-    token = input_ids[:, -1]
-    speaking = ~done
-    ids, mask, entropy = [], [], []
+    S = input_ids.shape[1]
+    state = begin(input_ids, attention_mask, ~done, stop_token_ids(model), max_new_tokens)
+    step = partial(decode_step, model, temperature)
+    loop = decoding(step, model, cache, state, temperature)  # on a GPU the step is captured
     for column in range(S, S + max_new_tokens):
-        output = model(
-            input_ids=token.unsqueeze(1),
-            attention_mask=attention_mask[:, :column],
-            position_ids=position.unsqueeze(1),
-            past_key_values=cache, use_cache=True)
-        logits = output.logits[:, -1].float()  # (B, V)
-        logps = logits.log_softmax(-1)
-        if temperature:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
-        else:
-            token = logits.argmax(-1)
-        token = token.masked_fill(~speaking, model.generation_config.pad_token_id)
-        ids.append(token)
-        mask.append(speaking)
-        entropy.append(-(logps.exp() * logps).sum(-1))
-        attention_mask[:, column] = speaking
-        position = position + 1
-        # Over is what an end came to, not what equals padding: that may be an end, or be sampled.
-        speaking = speaking & ~torch.isin(token, stops)
-        if not speaking.any():
+        loop.advance(column)
+        if column % loop.look_every == 0 and not loop.state.speaking.any():
             break
+    said = loop.state.attention_mask[:, S:].any(0).sum()  # a replay may go on where all is over
+    reply = slice(S, S + int(said))
     return Reply(
-        ids=torch.stack(ids, 1),
-        mask=torch.stack(mask, 1).float(),
-        entropy=torch.stack(entropy, 1),
-        truncated=speaking)
+        ids=loop.state.input_ids[:, reply].clone(),
+        mask=loop.state.attention_mask[:, reply].float(),
+        entropy=loop.state.entropy[:, reply].clone(),
+        truncated=loop.state.speaking.clone())
 
 # --- Rollouts: conversations of the policy with the task ---
 class Rollouts(NamedTuple):
@@ -324,8 +323,9 @@ def answer_replies(model: Model, tokenizer: Tokenizer, played: list, reply: Repl
                    done: Tensor) -> tuple:
     """The task's turn: (observations (B,), points (B, n) at replies' last tokens, done (B,))."""
     observations = [""] * len(played)  # what is over is shown one end, which nobody reads
+    reply = Reply(*[part.cpu() for part in reply])  # at once: each row would wait for the device
     points = torch.zeros_like(reply.mask)
-    done = done.clone()
+    done = done.to("cpu", copy=True)
     for row in (~done).nonzero().squeeze(1).tolist():
         response = reply.ids[row, reply.mask[row].bool()].tolist()
         text = tokenizer.decode([i for i in response if i not in stop_token_ids(model)])
@@ -333,7 +333,7 @@ def answer_replies(model: Model, tokenizer: Tokenizer, played: list, reply: Repl
         points[row, len(response) - 1] = point
         done[row] = over
         observations[row] = "" if over else observation
-    return observations, points, done
+    return observations, points.to(model.device), done.to(model.device)
 
 # --- The two losses ---
 # Differs: each is divided by one number, the response tokens of its whole batch; otherwise mu would
@@ -749,9 +749,9 @@ def train(config: Config, method: Method, task: Task, model: Model, tokenizer: T
             # A step on the unified loss. (Eq. 3)
             grad = (1 - step.mu) * step.g_rl + step.mu * step.g_sft
             step.metrics.update(
-                grad_norm=grad.norm().item(),
-                grad_norm_rl=step.g_rl.norm().item(),
-                grad_norm_sft=step.g_sft.norm().item())
+                grad_norm=grad.norm(),
+                grad_norm_rl=step.g_rl.norm(),
+                grad_norm_sft=step.g_sft.norm())
             step.g_rl = step.g_sft = None  # memory
             theta, adam = adamw_step(theta, grad, adam, lr=step.lr)
             del grad  # memory

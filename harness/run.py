@@ -116,7 +116,8 @@ class Run:
 
     def log_step(self, step: Any, theta: Any) -> None:
         """A row of an amft.Step, and sometimes a conversation of the policy."""
-        row = dict(step=step.t, mu=step.mu, **step.metrics)
+        # What is still a tensor was not waited for until now.
+        row = dict(step=step.t, mu=step.mu, **{name: float(value) for name, value in step.metrics.items()})
         rollouts = step.rollouts
         if rollouts:
             silent = rollouts.success.std(1) == 0

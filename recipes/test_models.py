@@ -263,18 +263,18 @@ def test_what_is_sampled_is_the_policy_that_is_trained(family, checkpoint, monke
     model, tokenizer, task, _ = loaded(checkpoint(family))
     assert model.config._attn_implementation == "sdpa"
     assert not any(module.training for module in model.modules())
-    drawn, draw, caches, room = [], torch.multinomial, set(), amft.with_room
+    drawn, draw, caches, room = [], amft.draw, set(), amft.with_room
 
-    def multinomial(probabilities, *args, **kwargs):
-        choice = draw(probabilities, *args, **kwargs)
-        drawn.append(probabilities.gather(1, choice).squeeze(1).log())
+    def spied_draw(probabilities):
+        choice = draw(probabilities)
+        drawn.append(probabilities.gather(1, choice.unsqueeze(1)).squeeze(1).log())
         return choice
 
     def with_room(*args):
         cache = room(*args)
         caches.add(type(cache).__name__)
         return cache
-    monkeypatch.setattr(torch, "multinomial", multinomial)
+    monkeypatch.setattr(amft, "draw", spied_draw)
     monkeypatch.setattr(amft, "with_room", with_room)
     rollouts = sampled(model, tokenizer, task, 3, 7)
     batch, mask = rollouts.batch, rollouts.batch.response_mask
