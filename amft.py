@@ -46,7 +46,8 @@ from tasks import IMAGE, TASKS, Task
 @dataclasses.dataclass
 class Config(RunConfig):
     """flag(default, help, low, high). RunConfig has the run's: steps, task, model, seed, eval_n."""
-    # The mixture
+    # The mixture, and the step
+    lr: float = flag(1e-4, "alpha at the first step; it falls linearly to 0", 1e-12)
     method: str = flag("amft", "what chooses mu")
     mu: float = flag(0.5, "mu of fixed, and where amft starts", 0, 1)
     warmup: int = flag(10, "W: the first steps, SFT alone; of sft-rl 0: half", 0)
@@ -76,8 +77,6 @@ class Config(RunConfig):
                           choices=("nll", "rectified"))
     demos: int = flag(20000, "training problems, a demonstration each", 1)
     sft_batch: int = flag(64, "demonstrations in a step", 1)
-    # The step
-    lr: float = flag(1e-4, "alpha at the first step; it falls linearly to 0", 1e-12)
 
 if __name__ == "__main__":  # a mistyped flag and --help answer before torch is imported, in seconds
     signal.signal(signal.SIGINT, stop_quietly)
@@ -410,7 +409,6 @@ def advantages_of(model: Model, phi: Any, rollouts: Rollouts, config: Config) ->
     scale = on_tokens.std(correction=0).item() + 1e-8
     return Advantages((advantages - on_tokens.mean()) / scale * mask, scale)
 
-# --- The losses' gradients ---
 def micro_batches(batch: Batch, used: Tensor, max_tokens: int) -> tuple:
     """Rows of `used` (B, .) that are not all 0, max_tokens at a time; the others add nothing."""
     rows = (used != 0).any(1).nonzero().squeeze(1)
@@ -522,8 +520,7 @@ def meta_gradient(model: Model, d_theta: Tensor, rollouts: Rollouts, config: Con
 
 def own_meta_gradient(g_rl: Tensor, d_theta: Tensor, batch: Batch, scale: float) -> tuple:
     """dU/dmu on a step's own prompts, -<grad L_RL, d theta/d mu> in rewards; its size as error."""
-    # Differs: theta' sampled these, on prompts drawn after its step. One number has no spread;
-    # its size is not too small an error on average: E[x^2] >= Var[x].
+    # Differs: theta' sampled these, after its step. One number's size as error: E[x^2] >= Var[x].
     n_tokens = batch.response_mask.sum()  # L_RL is per token, U per conversation
     slope = -(g_rl @ d_theta * n_tokens / len(batch.input_ids)).item() * scale
     return slope, abs(slope)
@@ -531,22 +528,23 @@ def own_meta_gradient(g_rl: Tensor, d_theta: Tensor, batch: Batch, scale: float)
 def update_mu(mu: float, entropy: float, target_entropy: float, estimates: list, evidence: tuple,
               config: Config, memory: float = 0.98, effect: float = 0.4,
               odds: float = 0.2) -> tuple:
-    """Eq. 6 -> (mu', evidence', (meta force, entropy force)). estimates: new (dU/dmu, its error);
-    evidence: fading (sum of their ratios z, number)."""
+    """Eq. 6 -> (mu', evidence', (meta force, entropy force)); evidence: fading (sum of z, n)."""
     # Differs from the paper's text, which has the other sign: Eq. 6 lifts mu where H is below H*.
     entropy_force = config.eta_h * (target_entropy - entropy)
-    seen = [(slope, error) for slope, error in estimates if error > 0]  # 0: no sample differed
     if config.controller == "paper":
-        meta_force = config.eta_mu * sum(slope for slope, _ in seen)
+        meta_force = config.eta_mu * sum(slope for slope, _ in estimates)
     else:
         # Differs: dU/dmu is tiny and mostly noise, whose sum would carry mu to an end. Here mu is
         # --mu + eta_mu (P[dU/dmu > 0] - P[dU/dmu < 0]): without evidence it comes to rest there.
         mu = config.mu
-        zs = [min(max(slope / error, -3), 3) for slope, error in seen]  # few prompts: heavy tails
+        zs = [slope / error for slope, error in estimates if error > 0]  # 0: no sample differed
         fade = memory if zs else 1.0
-        total, n = evidence = (fade * evidence[0] + sum(zs), fade * evidence[1] + len(zs))
+        total = fade * evidence[0] + sum(zs)
+        n = fade * evidence[1] + len(zs)
+        evidence = (total, n)
         # z ~ N(effect, 1), N(0, 1) or N(-effect, 1); the outer ones have prior odds to the middle.
-        log_ratio, zero = effect * total, math.exp(n * effect ** 2 / 2) / odds
+        log_ratio = effect * total
+        zero = math.exp(n * effect ** 2 / 2) / odds
         belief = 2 * math.sinh(log_ratio) / (zero + 2 * math.cosh(log_ratio))
         meta_force = config.eta_mu * belief
     mu = min(max(mu + meta_force + entropy_force, config.mu_min), config.mu_max)
@@ -654,8 +652,10 @@ class Controller(Method):
         estimates = self.estimates(step) if self.sensitivity else []
         self.mu, self.evidence, forces = update_mu(
             self.mu, entropy, self.target_entropy, estimates, self.evidence, self.config)
-        step.metrics.update(meta_force=forces[0], entropy_force=forces[1],
-                            target_entropy=self.target_entropy)
+        step.metrics.update(
+            meta_force=forces[0],
+            entropy_force=forces[1],
+            target_entropy=self.target_entropy)
         return self.mu
 
     def estimates(self, step):

@@ -74,6 +74,31 @@ def test_k_falls_from_all_but_one_to_one():
     assert sorted(ks, reverse=True) == ks and set(ks) == set(range(1, 8))
 
 
+def test_the_null_is_told_noise_of_the_estimates_own_error(monkeypatch):
+    """A null that knows the slopes, or whose noise is smaller than theirs."""
+    monkeypatch.setattr(amft.Controller, "estimates", lambda self, step: [(50.0, 2.0), (0.0, 0.0)])
+    null = controllers.Null(amft.Config(seed=3))
+    drawn = [null.estimates(amft.Step(t, 0.1, None)) for t in range(2000)]
+    assert all(look[1] == (0.0, 0.0) and look[0][1] == 2.0 for look in drawn)
+    slopes = torch.tensor([look[0][0] for look in drawn])
+    assert abs(slopes.mean()) < 0.2 and 1.9 < slopes.std() < 2.1
+    other = controllers.Null(amft.Config(seed=4)).estimates(amft.Step(0, 0.1, None))
+    assert other != drawn[0]
+
+
+def test_the_sum_adds_up_and_goes_to_an_end(monkeypatch):
+    """The rule as it was: z = -2 moves mu by 0.05 (2 Phi(-2) - 1), and goes on doing so."""
+    sums = controllers.Sum(amft.Config(warmup=0))
+    monkeypatch.setattr(amft.Controller, "estimates", lambda self, step: [(-4.0, 2.0)])
+    sums.sensitivity = (None, None, None)
+    rollouts = SimpleNamespace(entropy=1.0)
+    mu = sums.choose_mu(amft.Step(1, 0.1, None, rollouts=rollouts))
+    assert mu == pytest.approx(0.5 - 0.05 * 0.9544997)
+    for t in range(12):
+        mu = sums.choose_mu(amft.Step(t, 0.1, None, rollouts=rollouts))
+    assert mu == 0.05
+
+
 def test_the_other_rule_is_asked_of_the_controllers_deals_alone():
     """A utility that trains on deals which are evaluated."""
     task, rng = tasks.GeneralPoints(), random.Random(0)

@@ -4,6 +4,7 @@
     AMFT_SLOW=1 python -m pytest -q harness/test_harness.py     # and what takes longer
 """
 
+import dataclasses
 import errno
 import fcntl
 import itertools
@@ -19,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,8 @@ sys.path.insert(0, str(ROOT))
 import amft  # noqa: E402
 import tasks  # noqa: E402
 from harness import arguments, run as running  # noqa: E402
+from harness.evaluation import evaluation, short_evaluation  # noqa: E402
+from harness.screen import Screen  # noqa: E402
 
 PROGRAM = str(ROOT / "amft.py")
 slow = pytest.mark.skipif(
@@ -233,7 +237,7 @@ def test_bad_flags_are_refused(flags, words, tmp_path, monkeypatch, capsys, untr
 
 
 ACCEPTED = [
-    ("", dict(steps=600, warmup=0, utility="val", mu=0.5)),
+    ("", dict(steps=300, model="base/worn", warmup=0, utility="val", mu=0.5)),
     ("--method rl --demos 50", dict(demos=50, mu=0.0, warmup=0)),
     ("--method sft --demos 5 --sft-batch 5", dict(demos=5, mu=0.5)),
     ("--smoke --steps 2", dict(steps=2, warmup=1)),
@@ -293,7 +297,7 @@ def ends_without_torch(*words):
 
 
 @pytest.mark.parametrize("words, code, says", [
-    ("--help", 0, "--steps STEPS in all, the warm-up's included (default: 600)"),
+    ("--help", 0, "--steps STEPS in all, the warm-up's included (default: 300)"),
     ("--task virl --help", 0, "--steps STEPS in all, the warm-up's included (default: 40)"),
     ("--method rl --help", 0, "--warmup WARMUP"),
     ("--stpes 5", 2, "amft.py: error: unrecognized arguments: --stpes 5"),
@@ -606,7 +610,7 @@ def test_a_signal_in_the_last_evaluation_loses_no_step(
         number, tiny, whole, tmp_path, monkeypatch, capsys, unevaluated):
     """Would catch evaluations that are in the log twice, or steps that are done again."""
     folder = tmp_path / "run"
-    first = len(tasks.GeneralPoints.splits)
+    first = 5 + 2 * (len(tasks.GeneralPoints.splits) - 1)  # five temperatures on val, then two
     with monkeypatch.context() as patch:
         at_call(patch, amft, "evaluate", first + 2, lambda *_: signal.raise_signal(number))
         assert "after step 9" in fails(short(tiny, folder), capsys, code=130)
@@ -894,3 +898,56 @@ def test_nobody_reads_the_output(words, tiny, tmp_path):
     process.wait()
     assert "Traceback" not in error
     assert "Exception" not in error
+
+
+# --- evaluation, and what is said of it
+
+
+SHARES = {0: 0.3, 0.1: 0.35, 0.3: 0.35, 0.6: 0.2, 0.9: 0.1, 1: 0.05}  # on val
+
+
+def looked(asked):
+    """A look that notes what it was asked, and is best at 0.9 off val."""
+    def look(split, temperature, samples):
+        asked.append((split, temperature, samples))
+        share = SHARES[temperature] if split == "val" else temperature / 2
+        return dict(split=split, n=2, samples=samples, success=share, low=share / 2, high=2 * share,
+                    any=0.5, hits=[1, 0])
+    return look
+
+
+def test_an_evaluation_is_at_the_best_temperature_on_val():
+    """A temperature that is chosen on the split that is reported, or by the last of equals."""
+    asked = []
+    rows = list(evaluation(looked(asked), ["id", "val", "heldout"], 0.9, 16))
+    assert [row["split"] for row in rows] == ["val", "id", "heldout"]
+    assert all(row["temperature"] == 0.1 for row in rows)
+    assert [row["best"] for row in rows] == [[0.35, 0.175, 0.7]] + 2 * [[0.05, 0.025, 0.1]]
+    assert [row["success"] for row in rows] == [0.1, 0.45, 0.45]  # at the temperature of training
+    assert [row["greedy"] for row in rows] == [0.3, 0, 0]
+    assert set(rows[0]["hits"]) == {"0", "0.1", "0.3", "0.6", "0.9", "1"}
+    assert set(rows[1]["hits"]) == {"0", "0.1", "0.9"}
+    assert all(samples == (16 if temperature else 1) for _, temperature, samples in asked)
+    asked.clear()
+    row, = short_evaluation(looked(asked), ["val"], 0.9)
+    assert asked == [("val", 0.9, 4)] and row["success"] == 0.1 and "hits" not in row
+
+
+def test_the_table_and_the_sentence_say_the_best_temperature(tmp_path, capsys):
+    """A gain that is told at the temperature of training, where being more certain looks like one."""
+    def rows(step, shift):
+        for row in evaluation(looked([]), ["val", "id"], 1, 16):
+            best = [x + shift for x in row["best"]]
+            yield dict(row, kind="eval", step=step, whole=True, best=best)
+    log = [*rows(0, 0), dict(kind="step", step=3, mu=0.25, rollouts=7, seconds=60), *rows(3, 0.25)]
+    config = SimpleNamespace(steps=3, task="gp", method="amft", model="m", device="cpu")
+    config = dataclasses.make_dataclass("C", [(k, Any, v) for k, v in vars(config).items()])()
+    screen = Screen(tmp_path, config, 10 ** 6)
+    for row in log:
+        screen.show(row)
+    screen.finish(log)
+    printed = capsys.readouterr().out
+    assert "after step 3, training problems: 50.0% [25, 100] of samples right, 30.0% at its best temperature, 0.1" in printed
+    table_row = next(line for line in printed.splitlines() if line.startswith("training problems (id)"))
+    assert table_row.split("(id)")[1].split() == ["5.0%", "[2,", "10]", "50", "50.0", "30.0%", "[28,", "35]", "50", "50.0"]
+    assert "Right at its best temperature (0.1 before, 0.1 after), %: validation 35 -> 60, training problems 5 -> 30." in printed
