@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
 import tasks  # noqa: E402
-from compare import controllers, rivals  # noqa: E402
+from compare import controllers, horizon, rivals  # noqa: E402
 
 # torch's own, where it first loads what torch.func.jvp needs
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -163,3 +163,40 @@ def test_a_split_that_the_task_has_not_is_one_line(task, tmp_path, capsys):
     line = capsys.readouterr().err.splitlines()[-1]
     known = ", ".join(tasks.TASKS[task].splits)
     assert line.endswith(f"--splits val,test: must be of {known}")
+
+
+def test_branches_differ_in_mu_alone(tmp_path, monkeypatch, capsys):
+    """A branch that does not start where the trunk was, or whose pair has other prompts or noise."""
+    monkeypatch.setattr(horizon, "LOG", tmp_path / "horizon.jsonl")
+    monkeypatch.setattr(horizon, "FOLDER", tmp_path / "horizon")
+    monkeypatch.setattr(horizon, "AT", (2,))
+    monkeypatch.setattr(horizon, "HORIZONS", (1, 3))
+    monkeypatch.setattr(horizon, "PROMPTS", 3)
+    monkeypatch.setattr(horizon, "SAMPLES", 2)
+    monkeypatch.setattr(horizon.running, "SAVE_SECONDS", horizon.running.SAVE_SECONDS)  # put back after
+    monkeypatch.setattr(
+        horizon, "FLAGS", "--task gp --smoke --warmup 0 --model base --method trunk --mu 0.5 --eval-n 4 "
+                          "--eval-samples 1 --device cpu")
+    seen = []
+    real = amft.adamw_step
+
+    def step(theta, grad, adam, **how):
+        seen.append((adam.step, theta.clone(), grad.clone()))
+        return real(theta, grad, adam, **how)
+    monkeypatch.setattr(amft, "adamw_step", step)
+    horizon.main(["--pairs", "2"])
+    rows = horizon.rows_of(horizon.LOG)
+    assert len(rows) == 4 + 2 * 2 * 2
+    assert [row["horizon"] for row in rows if row["kind"] == "branch"] == 4 * [1, 3]
+    assert all(row["success"] == sum(row["hits"]) / 8 for row in rows if row["kind"] == "branch")
+    branches = [i for i, (t, _, _) in enumerate(seen) if t == 2]  # the first update of each; the trunk ends at 2
+    assert len(branches) == 4
+    thetas = [seen[i][1] for i in branches]
+    assert all(torch.equal(theta, thetas[0]) for theta in thetas)
+    a, b, c, d = (seen[i][2] for i in branches)
+    # One pair: grad = (1 - mu) g_rl + mu g_sft of the same two gradients; the other pair has others.
+    assert not torch.equal(a, b) and not torch.allclose(a + b, c + d)
+    table = capsys.readouterr().out
+    assert "true, after 3 steps (2 pairs)" in table and "estimated, trace 0.98" in table
+    horizon.main(["--pairs", "2"])  # all is there
+    assert horizon.rows_of(horizon.LOG) == rows
