@@ -626,8 +626,8 @@ def test_equal_rewards_move_nothing(advantage, reward, total):
     tangent = torch.randn_like(g_rl)
     own = amft.own_meta_gradient(g_rl, tangent, batch, advantages.scale)
     val = amft.meta_gradient(model, tangent, rollouts, config)
-    moved = amft.update_mu(0.4, 1.0, 1.0, [own, val], (2.0, 3.0), config)
-    assert moved == (0.4, (2.0, 3.0), (0.0, 0.0))
+    moved = amft.update_mu(0.4, 1.0, 1.0, [own, val], (0.0, 3.0), config)
+    assert moved == (0.5, (0.0, 3.0), (0.0, 0.0))
     # One sample that differs is a signal.
     rollouts.success[0, 0] = 1 - total
     rollouts.rewards[0, 0] = 1 - total
@@ -2112,7 +2112,7 @@ def test_a_run_without_a_state_or_a_step_begins_anew(
     with monkeypatch.context() as patch:
         def interrupt(*_):
             raise KeyboardInterrupt
-        at_call(patch, amft, "evaluate", 4, interrupt)
+        at_call(patch, amft, "evaluate", 5 + 2 + 2 + 1, interrupt)  # of two temperatures off val
         assert "--resume" not in fails(tiny_argv(tiny, folder), capsys, code=130)
     assert len(read(folder, "eval")) == 3
     assert not (folder / "state.pt").exists()

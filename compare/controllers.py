@@ -46,7 +46,8 @@ class Null(amft.Controller):
 class Sum(amft.Controller):
     """AMFT as it was: adds up dU/dmu, and moves mu in each step by the sign of the sum, as far as it is sure.
 
-    It integrates twice, so it never rests: of noise alone 3 runs in 5 end at a limit."""
+    It integrates twice, so it never rests: of noise alone 3 runs in 5 end at a limit. The variants below were tried
+    with this rule."""
 
     def choose_mu(self, step):
         if step.rollouts is None:
@@ -59,21 +60,21 @@ class Sum(amft.Controller):
         if seen:
             total = 0.98 * self.evidence[0] + sum(slope for slope, _ in seen)
             variance = 0.98 ** 2 * self.evidence[1] + sum(error ** 2 for _, error in seen)
-            meta_force = 0.05 * math.erf(total / math.sqrt(2 * variance))
+            meta_force = self.config.eta_mu * math.erf(total / math.sqrt(2 * variance))
             self.evidence = (total, variance)
-        entropy_force = 0.05 * (self.target_entropy - entropy)
+        entropy_force = self.config.eta_h * (self.target_entropy - entropy)
         step.metrics.update(meta_force=meta_force, entropy_force=entropy_force)
         mu = self.mu + meta_force + entropy_force
         self.mu = min(max(mu, self.config.mu_min), self.config.mu_max)
         return self.mu
 
 
-class Rule(amft.Controller):
+class Rule(Sum):
     """U is success under the other rule, on the controller's deals."""
     split = "val_rule"
 
 
-class PassVal(amft.Controller):
+class PassVal(Sum):
     """U is pass@k on validation prompts; k falls from G - 1 to 1 at the run's end.
 
     Coverage is what imitation brings first; it becomes success only when exploration has time left
@@ -107,7 +108,7 @@ class PassThroughout(Pass):
         return min(4, self.config.samples - 1)
 
 
-class AutoWarmup(amft.Controller):
+class AutoWarmup(Sum):
     """Warm-up by imitation until the loss on demonstrations of unseen deals stops falling.
 
     That is, until no new low in `patience` looks, one every 10 steps; H* is set there."""
@@ -149,5 +150,7 @@ CONTROLLERS = {
     "amft-pass-val": PassVal,
     "amft-auto": AutoWarmup,
 }
-METHOD_FLAGS = {name: MethodFlags() for name in CONTROLLERS}
-METHOD_FLAGS["amft-pass"] = METHOD_FLAGS["amft-pass4"] = MethodFlags(defaults=dict(utility="train"))
+ADDS_UP = dict(eta_mu=0.05, eta_h=0.05)  # the most in a step; in a step and nat
+METHOD_FLAGS = {name: MethodFlags(defaults=ADDS_UP) for name in CONTROLLERS}
+METHOD_FLAGS["amft-null"] = MethodFlags()
+METHOD_FLAGS["amft-pass"] = METHOD_FLAGS["amft-pass4"] = MethodFlags(defaults=dict(ADDS_UP, utility="train"))

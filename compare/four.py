@@ -1,9 +1,9 @@
 """The figure of the project: SFT, RL, SFT then RL, a fixed mixture and AMFT at one budget of responses, and mu.
 
     python compare/four.py      # one seed of the five into runs/compare/four-SEED (resumable), table and figure
-    python compare/four.py --recorded   # of the recorded seeds: compare/recorded/gp-four.png, the README's tables
+    python compare/four.py --recorded   # of the recorded seeds: compare/recorded/four.png, the README's tables
 
-They are rows of the study gp (compare/gp.json), with the flags that its search chose.
+They are rows of the study worn (compare/worn.json), with the flags that its search chose.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from compare.matrix import run_all  # noqa: E402
 from compare.plot import NO_MATPLOTLIB, Figure  # noqa: E402
 from compare.tables import interval, markdown, mean_and_half  # noqa: E402
 
-METHODS = {"sft": "SFT", "rl": "RL", "sft-rl-half": "SFT then RL", "fixed-0.5": "mu fixed at 0.5",
+METHODS = {"sft": "SFT", "rl": "RL", "sft-rl": "SFT then RL", "fixed-0.5": "mu fixed at 0.5",
            "amft": "AMFT"}
-COLOURS = {"sft": "tab:blue", "rl": "tab:orange", "sft-rl-half": "tab:green", "fixed-0.5": "tab:red",
+COLOURS = {"sft": "tab:blue", "rl": "tab:orange", "sft-rl": "tab:green", "fixed-0.5": "tab:red",
            "amft": "black"}
 SPLITS = {"id": "training deals", "val": "the controller's deals", "heldout": "unseen deals",
           "ood_rule": "changed rule"}
@@ -28,24 +28,24 @@ DRAWN = ("id", "heldout", "ood_rule")
 
 
 def base_cell(row):
-    shares = [100 * row[key] for key in ("success", "low", "high")]
+    shares = [100 * share for share in row["best"]]
     return "{:.1f} [{:.0f}, {:.0f}]".format(*shares)
 
 
 def table(study, names=METHODS):
-    """Sampled success in percent at the end: mean and 95% t-interval over seeds; the base's over deals.
+    """Success at the best temperature in percent at the end: mean and 95% t-interval over seeds; the base's over deals.
 
     Of one seed no interval."""
     lines = [["base", *(base_cell(study.base[split]) for split in SPLITS)]]
     for name, title in names.items():
         lines.append([title, *(interval(study.ends(name, split)) for split in SPLITS)])
     seeds = ", ".join(map(str, study.seeds("amft")))
-    header = [f"success of samples at the end, %; seeds {seeds}", *SPLITS]
+    header = [f"right at its best temperature, at the end, %; seeds {seeds}", *SPLITS]
     return "\n".join(markdown(header, lines)[1:])
 
 
 def by_step(study, name, split):
-    """(steps, means, halves of their intervals) of success in percent."""
+    """(steps, means, halves of their intervals) of success in percent, at the temperature of training."""
     values = {}
     for row in study.of(name, "eval"):
         if row["split"] == split:
@@ -65,15 +65,18 @@ def draw(study, path):
             steps, means, halves = by_step(study, name, split)
             beside = [t + aside * (t > 0) for t in steps]  # so that no interval hides another
             axis.errorbar(beside, means, halves, **style)
+            best, half = mean_and_half(study.ends(name, split, "best"))
+            axis.errorbar(steps[-1] + 12 + aside, best, half if half == half else 0,
+                          **dict(style, fmt="*", markersize=9, label=None))
         for seed in study.seeds(name):  # every seed's: their mean would hide that they part
             rows = study.of(name, "step", seed)
             balance.plot([row["step"] for row in rows], [row["mu"] for row in rows],
                          color=COLOURS[name], linewidth=0.8)
     for axis, split in zip(axes, DRAWN):
-        axis.axhline(100 * study.base[split]["success"], color="grey", linestyle=":", linewidth=0.8)
-        axis.set(title=SPLITS[split], xlabel="step", ylim=(0, 40))
+        axis.axhline(100 * study.base[split]["best"][0], color="grey", linestyle=":", linewidth=0.8)
+        axis.set(title=SPLITS[split], xlabel="step", ylim=(0, None))
     balance.set(title="mu: 1 is SFT, 0 is RL", xlabel="step")
-    axes[0].set_ylabel("right answers of samples, %")
+    axes[0].set_ylabel("right answers, %; lines: T = 1,\nstars: each policy's best T")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     print(path)
@@ -81,7 +84,7 @@ def draw(study, path):
 
 def one_seed(seed, jobs):
     """(the study of one seed of them, its folder), which is run first."""
-    rows = recorded("gp")
+    rows = recorded("worn")
     folder = RUNS / f"four-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spec.json").write_text('{"runs": {}}')
@@ -103,9 +106,9 @@ def main():
     if Figure is None:  # not after minutes of runs
         sys.exit(f"four.py: {NO_MATPLOTLIB}")
     if args.recorded:
-        study = Study(recorded("gp"))
+        study = Study(recorded("worn"))
         print(table(study))
-        draw(study, RECORDED / "gp-four.png")
+        draw(study, RECORDED / "four.png")
     else:
         study, folder = one_seed(args.seed, args.jobs)
         print(table(study, METHODS))

@@ -175,6 +175,7 @@ class Study:
         self.names = sorted(names, key=lambda name: order.get(self.full(name), 0))
         evals = [row for rows in self.runs.values() for row in rows if row["kind"] == "eval"]
         splits = list(dict.fromkeys(row["split"] for row in evals))
+        self.measure = self.spec.get("measure", "success")  # the study's headline
         pooled = self.spec.get("pooled", {})
         self.pooled = {name: parts for name, parts in pooled.items() if set(parts) <= set(splits)}
         self.splits = [*splits, *self.pooled]
@@ -195,8 +196,9 @@ class Study:
     def evaluations(self, name, seed, split):
         return [row for row in self.of(name, "eval", seed) if row["split"] == split]
 
-    def at_end(self, name, seed, split, measure="success"):
-        """The last evaluation of a split, in percent."""
+    def at_end(self, name, seed, split, measure=None):
+        """The last evaluation of a split, in percent; of the study's own measure, if none is named."""
+        measure = measure or self.measure
         if split in self.pooled:
             parts = self.pooled[split]
             return statistics.mean(self.at_end(name, seed, part, measure) for part in parts)
@@ -213,7 +215,7 @@ class Study:
         share = (step - before["step"]) / (after["step"] - before["step"])
         return low + (high - low) * share
 
-    def ends(self, name, split, measure="success"):
+    def ends(self, name, split, measure=None):
         return [self.at_end(name, seed, split, measure) for seed in self.seeds(name)]
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from compare.logs import (  # noqa: E402
-    RECORDED, Study, flags_of, quiet_pipe, recorded, study_of, trial_values)
+    RECORDED, Study, first, flags_of, quiet_pipe, recorded, study_of, trial_values)
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
        10: 2.262}  # number of seeds: Student's t
 MEASURES = {
-    "success": "Success of sampled responses",
+    "best": "Success at each policy's own best temperature, chosen on val",
+    "success": "Success of sampled responses at the temperature of training",
     "any": "Solved by any of the samples",
     "greedy": "Greedy success",
     "first_try": "Success without a failed attempt",
@@ -83,7 +84,7 @@ def markdown(header, lines):
 def base(study, split, measure="success"):
     """A measure of the base on a split, with the 95% interval over its problems if the log has it."""
     if split in study.pooled:
-        parts = [study.base[part]["success"] for part in study.pooled[split]]
+        parts = [first(study.base[part][measure]) for part in study.pooled[split]]
         return f"{100 * statistics.mean(parts):.1f}"
     row = study.base[split]
     share = row[measure]
@@ -337,12 +338,13 @@ def plain_group(table, study):
             f"{table[0]['common']}`, and:", ""]
     for name in study.names:
         text.append(f"- {name}: `{flags_of(table, study.full(name))}`")
-    evaluations = [row for name in study.names for row in study.of(name, "eval")]
+    last = [study.evaluations(name, seed, split)[-1] for name, seed in study.runs
+            for split in study.splits if split not in study.pooled]
     for measure, title in MEASURES.items():
-        if all(row[measure] is not None for row in evaluations):
+        if all(row[measure] is not None for row in last):
             text += ["", f"{title}:", *ends(study, methods, measure)]
     if reference in study.names and len(study.names) > 1:
-        text += ["", f"Paired difference in success from {reference}, points; bold where the interval "
+        text += ["", f"Paired difference in {study.measure} from {reference}, points; bold where the interval "
                  "does not hold 0 (one in twenty would by chance):"]
         text += paired(study, [name for name in methods if name != reference], reference)
     if ablated:
