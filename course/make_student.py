@@ -7,12 +7,14 @@
 
 An exercise's function keeps its signature, docstring and types; its body, with the comments in it, becomes the
 exercise's text and an error that names it. The folder runs as it is: amft.py, tasks.py, what they import (harness/, some
-of recipes/), the policies to start from, the tests that students see, the handout. It holds no history, no recorded runs,
-no test of the repository, no answers.
+of recipes/), the policies to start from, the tests that students see, the handout, check.py. The tests' numbers are
+frozen: visible.json holds what is asked and what must come back, and nothing that computes it. The folder holds no
+history, no recorded runs, no test of the repository, no answers.
 """
 
 import argparse
 import ast
+import json
 import os
 import re
 import shutil
@@ -23,7 +25,10 @@ import textwrap
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from grade import beside, body_of, exercises, functions_in
+import cases
+import verdict
+from check import body_of, exercises, functions_in
+from grade import VISIBLE, beside, facts
 
 HERE = Path(__file__).resolve().parent
 SOLUTION = HERE.parent
@@ -31,7 +36,7 @@ WIDTH = 100
 POLICY = "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json".split()
 COPIED = ["requirements.txt", "LICENSE", "base/README.md",
           *(f"{folder}/{name}" for folder in ("base", "base-vl") for name in POLICY)]
-HANDED_OUT = ["handout.md", "toy.py", "written.md"]  # of this folder, where they are; and the handout's figures
+HANDED_OUT = "handout.md toy.py written.md conftest.py test_exercises.py verdict.py check.py".split()  # of this folder, where they are; and the handout's figures
 
 
 def stub(exercise, name, indent):
@@ -64,16 +69,11 @@ def emptied(source, exercise_of):
     return "".join(lines)
 
 
-def visible_tests(source, hidden):
-    """The tests without the functions named in hidden; decorators and a comment right above go with them."""
-    lines, functions = source.splitlines(keepends=True), functions_in(ast.parse(source))
-    for name in sorted(hidden, key=lambda name: -functions[name].lineno):
-        node = functions[name]
-        start, end = min([node.lineno] + [d.lineno for d in node.decorator_list]) - 1, node.end_lineno
-        while end < len(lines) and not lines[end].strip():
-            end += 1
-        lines[start:end] = []
-    return "".join(lines)
+def frozen(listed):
+    """The text of visible.json: the cases of the tests that students see, and what check.py must know."""
+    tests = {name: [verdict.packed_case(case) for case in cases.cases(name, VISIBLE)]
+             for e in listed for name in e["tests"] if name not in e["hidden"]}
+    return json.dumps(dict(tests=tests, facts=facts()))
 
 
 def visible_table(text, hidden):
@@ -102,11 +102,10 @@ def make(out, upto=1):
     copy([name for name in COPIED if (SOLUTION / name).exists()], out)
     copy(beside(), out)
     hidden = [name for e in listed for name in e["hidden"]]
-    (out / "test_exercises.py").write_text(visible_tests((HERE / "test_exercises.py").read_text(), hidden))
+    (out / "visible.json").write_text(frozen(listed))
     (out / "exercises.toml").write_text(visible_table((HERE / "exercises.toml").read_text(), hidden))
-    for path in [HERE / "conftest.py", *(HERE / name for name in HANDED_OUT), *HERE.glob("*.png")]:
-        if path.exists():
-            shutil.copyfile(path, out / path.name)
+    for path in [*(HERE / name for name in HANDED_OUT), *HERE.glob("*.png")]:
+        shutil.copyfile(path, out / path.name)
 
 
 def make_autograder(out):
@@ -125,7 +124,7 @@ def outcomes(folder):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "test_exercises.py"]
         subprocess.run(command, cwd=folder, capture_output=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
         cases = ElementTree.parse(report).getroot().iter("testcase")
-        return {case.get("name").partition("[")[0]: None if (bad := case.find("failure")) is None else bad.get("message")
+        return {re.sub(r".*\[\d+-(\w+)\]", r"\1", case.get("name")): None if (bad := case.find("failure")) is None else bad.get("message")
                 for case in cases if case.find("error") is None}
 
 
@@ -145,7 +144,7 @@ def check(out, upto=1, solution=True):
     if not solution:
         return problems
     with tempfile.TemporaryDirectory() as work:
-        for name in ("test_exercises.py", "exercises.toml", "conftest.py"):  # also those that students do not see
+        for name in "test_exercises.py exercises.toml conftest.py cases.py verdict.py".split():  # also what students do not see
             shutil.copyfile(HERE / name, Path(work) / name)
         copy(["amft.py", "tasks.py", *beside()], Path(work))
         solved = outcomes(work)

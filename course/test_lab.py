@@ -219,4 +219,4 @@ def test_every_command_in_the_texts_names_a_file_and_a_flag_that_are_there():
         assert f"python toy.py {question}" in (HERE / "written.md").read_text()
     for name in ("written.md", "handout.md"):  # what students read names no folder that they do not have
         text = (HERE / name).read_text()
-        assert "course/" not in text and set(re.findall(r"python ([\w/]+\.py)", text)) <= {"toy.py", "amft.py"}
+        assert "course/" not in text and set(re.findall(r"python ([\w/]+\.py)", text)) <= {"toy.py", "amft.py", "check.py"}
