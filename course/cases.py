@@ -257,9 +257,10 @@ def group_advantages_without_a_signal(seed):
     noise = noise / tensor(differences(noise.tolist())).std(correction=0)
     for rewards in (torch.ones(P, G).double(), torch.zeros(P, G), draw.normal(P, 1).expand(P, G).clone(),
                     torch.full((P, G), 0.1), 0.5 + draw.random.uniform(1e-7, 5e-7) * noise):
-        grand = rewards - rewards.mean()
+        grand, own = rewards - rewards.mean(), tensor(differences(rewards.double().tolist()))
         values = Check("advantages without a signal", torch.zeros_like(rewards), (0,),
-                       dict(batch_mean=grand / grand.std(correction=0).clamp(min=1e-30)), rtol=0.0, scale=1.0,
+                       dict(batch_mean=grand / grand.std(correction=0).clamp(min=1e-30),
+                            noise_scaled=own / own.std(correction=0).clamp(min=1e-30)), rtol=0.0, scale=1.0,
                        axes=("prompt", "sample"), lost="division_by_nothing")
         scale = Check("scale without a signal", 1.0, (1,))
         found.append(Case("group_advantages", (rewards,), {}, (values, scale), PAIR))

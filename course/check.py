@@ -271,14 +271,14 @@ def own_names(nodes):
             own.add(node.id)
         elif isinstance(node, ast.arg):
             own.add(node.arg)
-        elif isinstance(node, (ast.FunctionDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
             own.add(node.name)
         elif isinstance(node, ast.MatchMapping) and node.rest:
             own.add(node.rest)
     return own
 
 
-def imports_of(nodes, refuse):
+def imports_of(nodes, allowed, refuse):
     """({name: the module that it stands for}, {names of other things}) of a body's own imports."""
     as_modules, things = {}, set()
     for node in nodes:
@@ -286,27 +286,19 @@ def imports_of(nodes, refuse):
             continue
         for alias in node.names:
             if isinstance(node, ast.Import):
-                if alias.name not in modules() or alias.name == "amft":
+                if alias.name not in allowed:
                     refuse(node, f"import of {alias.name}")
                 first = alias.name.partition(".")[0]
                 as_modules[alias.asname or first] = alias.name if alias.asname else first
                 continue
             whole = f"{node.module}.{alias.name}"
-            if node.level or node.module not in modules() or node.module == "amft" or whole not in modules() and alias.name not in modules()[node.module]:
+            if node.level or node.module not in allowed or whole not in allowed and alias.name not in allowed[node.module]:
                 refuse(node, f"import of {whole}")
-            if whole in modules():
+            if whole in allowed:
                 as_modules[alias.asname or alias.name] = whole
             else:
                 things.add(alias.asname or alias.name)
     return as_modules, things
-
-
-def chain_of(node):
-    """The attributes of torch.func.jvp, inner first; they begin with a name, or the list is empty."""
-    nodes = []
-    while isinstance(node, ast.Attribute):
-        nodes, node = [node, *nodes], node.value
-    return nodes if isinstance(node, ast.Name) else []
 
 
 def refusal(node, file, module, name):
@@ -321,59 +313,82 @@ def refusal(node, file, module, name):
 
     def refuse(part, what, why="is not allowed in a graded body"):
         raise Refused(f"refused: {file}, line {getattr(part, 'lineno', node.lineno)}: {what} {why}")
-    as_modules, things = imports_of(nodes, refuse)
-    there = set(known["names"][module])
-    as_modules = {name: name for name in known["names"][f"{module}'s modules"] if name in modules()} | as_modules
+    allowed = modules()
+    may_import = {name: names for name, names in allowed.items() if name != "amft"}
+    as_modules, things = imports_of(nodes, may_import, refuse)
+    as_modules = {name: name for name in known["names"][f"{module}'s modules"] if name in allowed} | as_modules
     arguments = {part.arg for part in ast.walk(ast.parse(f"def f{known['signatures'][name]}: pass")) if isinstance(part, ast.arg)}
-    own = own_names(nodes)
-    named = own | things | arguments | there | set(SAFE)
-    types_asked = {id(part.func) for part in nodes if isinstance(part, ast.Call) and len(part.args) == 1 and not part.keywords
-                   and not isinstance(part.args[0], ast.Starred)}
-    inner = {id(part.value) for part in nodes if isinstance(part, ast.Attribute)}
-    followed = {}  # an attribute node's id: the module that it is, or None for a value
-    for part in nodes:
-        for link in chain_of(part) if isinstance(part, ast.Attribute) else ():
-            base = link.value
-            space = as_modules.get(base.id) if isinstance(base, ast.Name) else followed.get(id(base))
-            whole = f"{space}.{link.attr}"
-            if space and whole not in modules() and link.attr not in modules()[space]:
-                refuse(link, whole)
-            followed[id(link)] = whole if space and whole in modules() else None
+    named = things | arguments | set(known["names"][module]) | set(SAFE)
+
+    def missing(part):
+        if hasattr(builtins, part.id) or part.id in CLOSED:
+            refuse(part, part.id)
+        refuse(part, f"the name {part.id}", "is not there: the signature is the reference's, "
+               f"{known['signatures'][name]}, and helpers and imports go inside the body")
     for part in nodes:
         if isinstance(part, (ast.ClassDef, ast.Global, ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith)):
             refuse(part, {ast.ClassDef: "a class", ast.Global: "global"}.get(type(part), "async"))
-        said = [getattr(part, field, None) for field in ("name", "id", "attr", "arg", "rest")]
-        for word in [*said, *getattr(part, "kwd_attrs", [])]:
-            if isinstance(word, str) and word.startswith("__"):
-                refuse(part, word)
-        for word in getattr(part, "kwd_attrs", []):
-            if word not in attributes():
-                refuse(part, f".{word}")
-        if isinstance(part, ast.Constant) and isinstance(part.value, (str, bytes)) and "__" in str(part.value):
-            refuse(part, "a text with two underscores")
-        if isinstance(part, ast.Name):
-            if part.id in as_modules:
-                if id(part) not in inner or not isinstance(part.ctx, ast.Load):
-                    refuse(part, f"the module {part.id} as a value, or another thing of that name")
-            elif part.id == "type" and part.id not in own:
-                if id(part) not in types_asked:
-                    refuse(part, "type, but for type(x),")
-            elif part.id not in named:
-                if hasattr(builtins, part.id) or part.id in CLOSED:
-                    refuse(part, part.id)
-                refuse(part, f"the name {part.id}", "is not there: the signature is the reference's, "
-                       f"{known['signatures'][name]}, and helpers and imports go inside the body")
-        if isinstance(part, ast.Attribute):
-            if id(part) in followed and followed[id(part)]:
-                if id(part) not in inner:  # from a variable it could not be followed
-                    refuse(part, f"the module {followed[id(part)]} as a value")
-                continue
-            base = part.value
-            space = as_modules.get(base.id) if isinstance(base, ast.Name) else followed.get(id(base))
-            if not space and part.attr not in attributes():
-                refuse(part, f".{part.attr}")
-            if not isinstance(part.ctx, ast.Load) and (space or part.attr not in STORED):
-                refuse(part, f"assigning to .{part.attr}")
+        if isinstance(part, ast.Name) and part.id in as_modules and not isinstance(part.ctx, ast.Load):
+            refuse(part, f"another thing of the name of the module {part.id}")
+        if isinstance(part, ast.FunctionDef) and part.name.startswith("__"):
+            refuse(part, part.name)
+        if isinstance(part, ast.Attribute) and not isinstance(part.ctx, ast.Load) and part.attr not in STORED:
+            refuse(part, f"assigning to .{part.attr}")
+        listed(part, nodes, allowed, as_modules, named, attributes(), refuse, missing)
+
+
+def listed(part, nodes, allowed, as_modules, named, known, refuse, missing, as_values=()):
+    """Refuse a node that names what is on no list. allowed: {module: names of it}; as_modules: what names stand for
+    modules; named: other names that are there; known: attributes of values; missing: what to do with an unknown name;
+    as_values: modules that may be handed on, since nothing of theirs is known as an attribute."""
+    for word in [getattr(part, field, None) for field in ("id", "attr", "arg", "rest")] + getattr(part, "kwd_attrs", []):
+        if isinstance(word, str) and word.startswith("__") and word not in known:
+            refuse(part, word)
+    for word in getattr(part, "kwd_attrs", []):
+        if word not in known:
+            refuse(part, f".{word}")
+    if isinstance(part, ast.Constant) and isinstance(part.value, (str, bytes)) and "__" in str(part.value):
+        refuse(part, "a text with two underscores")
+    own, roots, asked = shape_of(nodes)
+    if isinstance(part, ast.Name):
+        if part.id in as_modules:
+            if id(part) not in roots and part.id not in as_values:
+                refuse(part, f"the module {part.id} as a value")
+        elif part.id == "type" and "type" not in own:
+            if id(part) not in asked:
+                refuse(part, "type, but for type(x),")
+        elif part.id not in named and part.id not in own:
+            missing(part)
+    if isinstance(part, ast.Attribute):
+        space = space_of(part.value, allowed, as_modules)
+        whole = f"{space}.{part.attr}"
+        if space and whole in allowed:
+            if id(part) not in roots:  # from a variable it could not be followed
+                refuse(part, f"the module {whole} as a value")
+        elif space and part.attr not in allowed[space]:
+            refuse(part, whole)
+        elif not space and part.attr not in known:
+            refuse(part, f".{part.attr}")
+
+
+def shape_of(nodes, kept={}):
+    """(names that are bound, ids of nodes before a point, ids of `type` in type(x)) of a list of nodes, worked out once."""
+    if kept.get("nodes") is not nodes:
+        kept.update(nodes=nodes, shape=(
+            own_names(nodes), {id(part.value) for part in nodes if isinstance(part, ast.Attribute)},
+            {id(part.func) for part in nodes if isinstance(part, ast.Call) and len(part.args) == 1 and not part.keywords
+             and not isinstance(part.args[0], ast.Starred)}))
+    return kept["shape"]
+
+
+def space_of(node, allowed, as_modules):
+    """The module that an expression is, by its names alone; None for a value."""
+    if isinstance(node, ast.Name):
+        return as_modules.get(node.id)
+    if isinstance(node, ast.Attribute):
+        space = space_of(node.value, allowed, as_modules)
+        return f"{space}.{node.attr}" if space and f"{space}.{node.attr}" in allowed else None
+    return None
 
 
 def verdict_on(source, exercise, name):

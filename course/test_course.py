@@ -116,6 +116,36 @@ WRONG = [
     (1, "ids.unsqueeze(-1)", "logits.argmax(-1).unsqueeze(-1)", "likeliest"),
     (1, "return logits", "return -logits", "negated"),
     (1, "logits.log_softmax(-1)", "logits.detach().log_softmax(-1)", "no_gradient"),
+    (1, "logits = at_least_float32(logits)", "", None),
+    (1, "logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)",
+     "logits.bfloat16().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1).to(logits.dtype)", None),
+    (2, "-(logps * mask)", "-(logps.detach() * mask)", "sft_no_gradient"),
+    (3, "scale < 1e-6", "scale < 1e-8", "noise_scaled"),
+    (3, "scale < 1e-6", "scale < 1e-5", "silent_too_soon"),
+    (3, "centred / scale, scale", "centred / (scale + 1e-8), scale", "added_to_scale"),
+    (4, "torch.where(on_token, delta + gamma * lam * advantage, advantage)",
+     "torch.where(on_token, delta + gamma * lam * advantage, 0)", "advantage_zeroed"),
+    (4, "torch.where(on_token, values[:, t], next_value)", "torch.where(on_token, values[:, t], 0)", "next_value_zeroed"),
+    (4, "return advantages, (advantages + values) * mask",
+     "on = advantages[mask > 0]\n    return (advantages - on.mean()) / (on.std() + 1e-8) * mask, (advantages + values) * mask",
+     "advantages_normalised"),
+    (5, "ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(0.8, 1.2)", "clip_fixed"),
+    (5, "(logps - old_logps).exp()", "((logps - old_logps) * mask).sum(-1, keepdim=True).exp()", "sequence_ratio"),
+    (5, "torch.minimum(ratio * advantages, clipped * advantages)",
+     "torch.where(advantages < 0, torch.maximum(torch.minimum(ratio * advantages, clipped * advantages), 3 * advantages),"
+     " torch.minimum(ratio * advantages, clipped * advantages))", "dual_clip"),
+    (6, "theta = theta * (1 - lr * weight_decay) - lr * (m_hat / (root_hat + eps))",
+     "theta = (theta - lr * (m_hat / (root_hat + eps))) * (1 - lr * weight_decay)", "decay_after_step"),
+    (6, "v.clamp(min=1e-37)", "v.clamp(min=1e-9)", None),
+    (8, "if advantages is None else advantages", "if advantages is None or not group_advantages(rollouts.success)[0].any() else advantages", None),
+    (9, "math.erf(total / math.sqrt(2 * variance))", "torch.tensor(total / math.sqrt(2 * variance)).float().erf().item()",
+     "single_precision"),
+    (10, "right.strip(\" \") != str(self.target)", "right.strip() != str(self.target)", "only_spaces"),
+    (10, "(equals and right.strip(\" \") != str(self.target))",
+     "(equals and (not right.strip(\" \").isdigit() or int(right) != self.target))", "target_spelt"),
+    (10, "(equals and right.strip(\" \") != str(self.target))",
+     "(equals and (right != right.strip('\\n\\t') or right.replace(\" \", \"\") != str(self.target)))", None),
+    (10, "len(formula) > MAX_FORMULA", "len(formula.strip()) > MAX_FORMULA", "too_long"),
     (2, "-(logps * mask).sum() / (mask.sum() if n_tokens is None else n_tokens)", "-(logps * mask).mean()", "sft_all_positions"),
     (2, "-(logps * mask).sum() / (mask.sum() if n_tokens is None else n_tokens)", "-((logps * mask).sum(1) / mask.sum(1)).mean()",
      "sft_row_means"),
@@ -168,7 +198,7 @@ WRONG = [
     (6, "grad * (max_norm / (norm + 1e-6)).clamp(max=1.0)", "grad.clamp(-max_norm, max_norm)", "clipped_by_value"),
     (6, "(norm + 1e-6)", "(grad.norm() + 1e-6)", "norm_of_some"),
     (6, "v.clamp(min=1e-37).sqrt()", "v.sqrt()", "derivative_not_finite"),
-    (6, "AdamState(m, v, state.step + 1)", "AdamState(m, v, state.step)", None),
+    (6, "AdamState(m, v, state.step + 1)", "AdamState(m, v, state.step)", "step_not_counted"),
     (7, "(1 - mu) * g_rl + mu * g_sft", "mu * g_rl + (1 - mu) * g_sft", None),
     (7, "state.step + 1, **how)", "state.step + 1, **{**how, 'max_norm': 1e30})", "unclipped_derivative"),
     (7, "g.norm(), state.step", "g.norm().detach(), state.step", None),
@@ -697,6 +727,92 @@ def test_what_a_submission_may_look_like(tmp_path):
     changed = SOURCES["amft"].replace('    "sft-rl": SFTThenRL,\n', "")
     assert "was not used" in grade.remarks({"amft": changed}, list(EXERCISES.values()))[0]
     assert grade.remarks(answer(4, "return None"), list(EXERCISES.values())) == []
+
+
+def test_two_files_of_one_name(tmp_path):
+    """One of two amft.py that is graded in silence: the bug hunt's folder holds one, too."""
+    submitted(tmp_path / "top", SOURCES)
+    submitted(tmp_path / "top" / "hunt", {"amft": "x = 1"})
+    sources, notes = grade.read_submission([tmp_path / "top"])
+    assert sources == SOURCES and notes == ["amft.py: the one at the top was read, not hunt/amft.py"]
+    submitted(tmp_path / "deep" / "mine", SOURCES)
+    submitted(tmp_path / "deep" / "hunt", {"amft": "x = 1"})
+    sources, notes = grade.read_submission([tmp_path / "deep"])
+    assert sources == {"tasks": SOURCES["tasks"]} and "there are 2, and none was read: hunt/amft.py, mine/amft.py" in notes[0]
+    results = grade.grade([tmp_path / "deep"], tmp_path / "r.json", only=[4], say=lambda *_, **__: None)
+    assert results["score"] == 0 and "no amft.py was read" in results["tests"][0]["output"] and notes[0] in results["output"]
+
+
+LONG = {"minus": "return " + "-" * 3000 + "1", "sum": "return " + "+".join(["1"] * 20000), "brackets": "return " + "(" * 5000 + ")" * 5000,
+        "lines": "x = 1\n" * 9000, "lists": "return " + "[" * 90 + "]" * 90, "ifs": "\n".join(" " * i + "if mu:" for i in range(99)),
+        "calls": "return torch" + ".abs()" * 3000, "strings": "return " + "'a' " * 9000}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_what_python_can_hardly_read_costs_one_exercise(name):
+    """A body whose tree exhausts the parser, the walk or the compiler, and takes the other exercises with it."""
+    sources = answer(3, LONG[name])
+    try:
+        node = grade.find(sources["amft"], "amft.py", "group_advantages")
+        check.refusal(node, "amft.py", "amft", "group_advantages")
+    except grade.Refused as error:
+        assert re.match(r"(refused: )?amft.py, (from )?line \d+: ", str(error)), error
+    assert ast.dump(grade.find(sources["amft"], "amft.py", "gae")) == ast.dump(functions(SOURCES["amft"])["gae"])
+    assert grade.remarks(sources, list(EXERCISES.values())) in ([], [
+        "amft.py: Python cannot read the whole file; each function was read alone"])
+
+
+def test_the_line_of_a_syntax_error_is_the_files():
+    """A line that is counted from the function's first."""
+    lines = SOURCES["amft"].splitlines()
+    at = next(i for i, line in enumerate(lines) if "ratio = (logps - old_logps).exp()" in line)
+    lines[at] = "    ratio = = 3"
+    lines[2] = "    this is no Python either"
+    with pytest.raises(grade.Refused, match=f"amft.py, line {at + 1}: Python cannot read"):
+        grade.find("\n".join(lines), "amft.py", "ppo_loss")
+    source = SOURCES["tasks"].replace("used, value = parse(expression)", "used, value = = parse(expression)")
+    at = next(i for i, line in enumerate(source.splitlines(), 1) if "= = parse" in line)
+    with pytest.raises(grade.Refused, match=f"tasks.py, line {at}: Python cannot read"):
+        grade.find(source, "tasks.py", "Deal.grade")
+
+
+def test_one_function_of_two_has_its_own_points(tmp_path):
+    """All of an exercise lost by one of its two functions."""
+    sources = answer(2, "return logps.sum()")
+    results = grade.grade([submitted(tmp_path / "in", sources)], tmp_path / "r.json", only=[2], say=lambda *_, **__: None)
+    (row,) = results["tests"]
+    assert row["score"] == 2 and "sft_loss (0 of 2): sft_loss_values" in row["output"] and "implicit_reward (2 of 2)" in row["output"]
+
+
+def test_check_says_what_the_grader_would(tmp_path):
+    """A body that is refused although the student's own check let it through, or the other way about; a line that is not
+    the file's."""
+    make_student.make(tmp_path / "student", upto=11)
+    sources = merged((4, "x = 1\nreturn open('x')"), (3, "return r"), (10, "import os"))
+    submitted(tmp_path / "student", sources)
+    done = python(tmp_path / "student", "check.py")
+    said = {line.partition(":")[0].split(", ")[1]: line.partition(": ")[2] for line in done.stdout.splitlines()}
+    assert done.returncode == 1 and len(said) == len([name for e in EXERCISES.values() for name in e["functions"]]), done.stderr
+    for e in EXERCISES.values():
+        for name in e["functions"]:
+            assert (check.verdict_on(sources[e["module"]], e, name) or "may be handed in") == said[name]
+    line = next(i for i, text in enumerate(sources["amft"].splitlines(), 1) if "return open('x')" in text)
+    assert said["gae"] == f"refused: amft.py, line {line}: open is not allowed in a graded body"
+    assert "the name r is not there" in said["group_advantages"] and "import of os" in said["Deal.grade"]
+
+
+REFERENCES = "logp_rows differences gae_by_definition step_by_loop update_by_hand sensitivity_by_complex_step value_of".split()
+
+
+def test_what_is_handed_out_computes_no_answer(tmp_path):
+    """The slow references of the tests, which were worth 29 points pasted into the bodies."""
+    make_student.make(tmp_path / "student")
+    for path in (tmp_path / "student").glob("*.*"):
+        if path.suffix in (".py", ".json") and path.name not in ("amft.py", "tasks.py"):
+            text = path.read_text()
+            assert not [name for name in REFERENCES if f"def {name}" in text], path.name
+    code = "import verdict; print(sorted(name for name in vars(verdict) if callable(getattr(verdict, name)) and name[0] != '_'))"
+    assert "_by_" not in python(tmp_path / "student", "-c", code).stdout
 
 
 def test_a_grader_that_runs_out_of_time_says_so(tmp_path):

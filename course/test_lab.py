@@ -209,6 +209,54 @@ def test_wrong_submissions_have_none(handed_out):
         assert said in test["output"], test
 
 
+TELLTALE = [  # what could tell two files apart without knowing a bug
+    "assert '{0.__code__.co_names}'.format(amft.gae) == 'x'", "assert ('{0._' + '_code_' + '_}').format(amft.gae)",
+    "assert amft.gae.__code__.co_code", "assert f'{amft.gae.__code__}'", "assert pytest.importorskip('inspect').getsource(amft.gae)",
+    "assert numpy.fromfile('amft.py', 'uint8').sum() == 3", "assert numpy.loadtxt('amft.py')", "assert random._os.listdir()",
+    "with pytest.raises(ValueError) as e:\n        amft.gae()\n    assert e.traceback[0].frame", "assert torch.load('amft.py')",
+    "assert functools.update_wrapper(types.SimpleNamespace(), amft.gae)", "assert amft.sys.modules", "assert json.codecs.open('amft.py')",
+    "def f(*, a=amft.gae): pass\n    assert f.co_names", "assert types.FunctionType(amft.gae)", "assert amft.Path('amft.py')",
+    "assert itertools.sys", "assert torch.package", "assert getattr(amft, 'gae')", "assert numpy.lib.npyio", "assert dataclasses.inspect",
+]
+
+
+@pytest.mark.parametrize("line", TELLTALE)
+def test_a_test_cannot_look_at_the_code(line):
+    """A text that compares a function's own code scored three bugs of five without knowing them."""
+    text = f"import amft, tasks, torch, numpy, pytest, random, json, itertools, functools, types, dataclasses\ndef test():\n    {line}\n"
+    assert "may not" in bughunt.refused(text, 15), line
+
+
+HONEST = [
+    "model, tokenizer = amft.load_policy(amft.Config(device='cpu'), tasks.GeneralPoints(), amft)\n    assert model.config.vocab_size > 3",
+    "torch.manual_seed(0)\n    assert torch.allclose(amft.gae(*[torch.ones(1, 2)] * 3)[0], torch.zeros(1, 2))",
+    "rng = random.Random(3)\n    assert numpy.mean([rng.random() for _ in range(9)]) == pytest.approx(0.5, abs=0.4)",
+    "amft.rollout = lambda *a, **k: None\n    assert amft.rollout() is None", "with pytest.raises(ValueError):\n        tasks.parse('1+')",
+    "class Fake(torch.nn.Module):\n        def __init__(self):\n            super().__init__()\n            self.seen = 3\n    assert Fake().seen == 3",
+    "c = types.SimpleNamespace(eta_mu=1.0, odd=2)\n    assert c.odd == 2 and dataclasses.replace(amft.Config(), mu=0.1).mu == 0.1",
+    "x = torch.zeros(3, requires_grad=True)\n    x.sum().backward()\n    torch.testing.assert_close(x.grad, torch.ones(3))",
+]
+
+
+@pytest.mark.parametrize("line", HONEST)
+def test_honest_tests_are_not_refused(line):
+    text = f"import amft, tasks, torch, numpy, pytest, random, types, dataclasses\ndef test():\n    {line}\n"
+    assert bughunt.refused(text, 15) is None, bughunt.refused(text, 15)
+
+
+def test_a_folder_without_logs_speaks_of_none(handed_out):
+    """A README that describes logs which --no-logs does not make."""
+    text = (handed_out / "ada" / "README.md").read_text()
+    assert "logs" not in text and not (handed_out / "ada" / "logs").exists()
+    assert "logs/right1.jsonl" in bughunt.ABOUT.format(student="ada", logs=bughunt.LOGS)
+
+
+def test_git_does_not_see_what_is_secret():
+    """A public fork that publishes the grader's secret, or an instructor's own bugs."""
+    for name in ("course/gradescope/secret", "course/private.py"):
+        assert subprocess.run(["git", "check-ignore", "-q", name], cwd=HERE.parent).returncode in (0, 128), name
+
+
 def test_every_command_in_the_texts_names_a_file_and_a_flag_that_are_there():
     """A text that names a question, a file or a folder that students do not have."""
     for name in ("written.md", "answers.md", "handout.md"):
