@@ -6,6 +6,7 @@ enumeration. Beside it stand the values that typical mistakes would give, so tha
 No function of a student is called here: see verdict.py.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from verdict import Case, Check, Made, near, policy_class
+from verdict import Case, Check, Made, Wrong, is_tensor, near, policy_class
 
 MAX_FORMULA = 60  # tasks.py's
 TESTS = {}  # name: (exercise, function, what makes its cases)
@@ -31,6 +32,7 @@ def cases_of(exercise, function):
     return enter
 
 
+@functools.lru_cache(maxsize=256)
 def cases(name, seed):
     """The cases of a test; the same for the same seed."""
     torch.set_default_dtype(torch.float32)
@@ -1087,3 +1089,192 @@ def grade_of_malformed_replies(seed):
         found += [grade_case(deal, long, "correct", "too_long"),
                   grade_case(deal, long.replace("+", " +", 1), "illegal_formula", "too_long")]
     return found
+
+
+# --- 11: learn ----------------------------------------------------------------------------------------------------
+
+
+def toy_of():
+    """The world: toy.py as it is published, in this process, where no student code runs."""
+    import toy
+    return toy
+
+
+def loop(seed, changed, steps, lr=0.02, wrong=""):
+    """The first steps of Algorithm 1 with one mistake or none: (t, mu, entropy, scale, theta, evidence) of each."""
+    toy = toy_of()
+    world, config, amft = toy.World(""), toy.settings(**changed), toy.amft
+    world.generator.manual_seed(seed)
+    theta, state, mu, evidence, target, last, found = world.start, toy.fresh(world.start), config.mu, (0.0, 0.0), None, None, []
+    warmup, every = 0 if wrong == "no_warm_up" else config.warmup, 1 if wrong == "looked_every_step" else config.meta_every
+    for t in range(1, steps + 1):
+        g_rl, g_sft, seen, scale = world.gradients(theta, config)
+        now = t - 1 if wrong == "counted_from_zero" else t
+        taken, before = 1.0, mu
+        if now > warmup:
+            target = seen.entropy if target is None or wrong == "target_moves" else target
+            estimates = []
+            if last:
+                estimates.append(amft.own_meta_gradient(g_rl, last[0], seen.batch, scale))
+                if (now - warmup) % every == 0:
+                    estimates.append(amft.meta_gradient(world.model, last[0], world.rollouts(theta, 8, 4), config))
+            mu, evidence, _ = amft.update_mu(mu, seen.entropy, target, estimates, evidence, config)
+            taken = before if wrong == "late_mu" else mu
+            last = amft.step_sensitivity(theta, g_rl, g_sft, taken, state, None if wrong == "no_trace" else last, config.trace, lr=lr)
+        found.append((t, taken, seen.entropy, scale, theta, evidence))
+        theta, state = amft.adamw_step(theta, (1 - taken) * g_rl + taken * g_sft, state, lr=lr)
+    return found
+
+
+LOOP_MISTAKES = "no_warm_up", "counted_from_zero", "looked_every_step", "target_moves", "no_trace", "late_mu"
+ROWS = (2, "the log and theta")
+
+
+@cases_of(11, "learn")
+def learn_first_steps(seed):
+    """A warm-up of two steps, six more: when mu is set, when estimates come, what the step is taken with."""
+    steps, checks = 8, []
+    changed = dict(mu=0.4, eta_mu=0.05, eta_h=0.3, trace=0.9, warmup=2, meta_every=2)
+    true, wrong = loop(seed, changed, steps), {name: loop(seed, changed, steps, wrong=name) for name in LOOP_MISTAKES}
+    names, paths = ("t", "mu", "entropy", "scale", "theta"), (0, 4, 5, 6, 1)
+    for t in range(steps):
+        for part in (0, 4, 2, 3, 1):
+            expected = true[t][part]
+            mistakes = {name: rows[t][part] for name, rows in wrong.items()} if part == 1 else {}
+            mistakes = {name: value for name, value in mistakes.items() if abs(value - expected) > 1e-6}
+            value = float(expected) if part != 4 else expected
+            checks.append(Check(f"{names[part]} of step {t + 1}", value, (0, t, paths[part]), mistakes, 1e-6, axes=("entry",)))
+        for i, name in enumerate(("total", "variance")):
+            checks.append(Check(f"evidence's {name} after step {t + 1}", float(true[t][5][i]), (0, t, 8, i), {}, 1e-6,
+                                max(abs(true[t][5][i]), 1e-6)))
+    return [Case("learn", (Made("World", ("",)), seed, Made("settings", (changed,)), steps), {}, tuple(checks), ROWS)]
+
+
+def numbers_of(row, t, N):
+    """A row's fields, if they are what a Row holds."""
+    fields = row.fields if type(row) is Made and row.name == "Row" else ()
+    if len(fields) != 9:
+        raise Wrong(f"row {t}: is no Row")
+    vectors, plain = fields[1:4], fields[4:7]
+    if not all(is_tensor(x) and x.shape == (N,) and x.dtype == torch.float64 and x.isfinite().all() for x in vectors):
+        raise Wrong(f"row {t}: theta, g_rl and g_sft are not vectors (N,) of finite numbers")
+    pairs = [tuple(pair) for pair in fields[7] if type(pair) in (tuple, list) and len(pair) == 2] if type(fields[7]) is list else None
+    if type(fields[8]) not in (tuple, list) or len(fields[8]) != 2 or pairs is None or len(pairs) != len(fields[7]):
+        raise Wrong(f"row {t}: estimates are a list of pairs, the evidence is a pair")
+    for x in [*plain, *itertools.chain(*pairs), *fields[8]]:
+        if type(x) is not float or not math.isfinite(x):
+            raise Wrong(f"row {t}: mu, entropy, scale, estimates and evidence are finite Python floats")
+    return (fields[0], *vectors, *plain, pairs, tuple(fields[8]))
+
+
+def relations_of(student, changed, steps, rise, lr=0.02):
+    """What must hold between the rows of a log, whatever was sampled; the relations of the handout, in its order."""
+    def check(answer):
+        toy = toy_of()
+        world, config = toy.World(student), toy.settings(**changed)
+        N, (log, end) = len(world.start), answer
+        if type(log) is not list or len(log) != steps or not is_tensor(end) or end.shape != (N,) or end.dtype != torch.float64:
+            raise Wrong(f"learn: expected a list of {steps} rows and theta (N,)")
+        rows = [numbers_of(row, t, N) for t, row in enumerate(log, 1)]
+        if [row[0] for row in rows] != list(range(1, steps + 1)):
+            raise Wrong("the rows' t are not 1, 2, 3, ...")
+        if not torch.equal(rows[0][1], world.start):
+            raise Wrong("row 1: theta is not where the world starts")
+        steps_follow(rows, end, lr)
+        mu_follows(rows, config, lr)
+        samples_agree(rows, world)
+        before, reached = world.utility(world.start).item(), world.utility(end).item()
+        if reached < before + rise:
+            raise Wrong(f"U rises from {before:.2f} to {reached:.2f}, expected {rise} or more")
+    return check
+
+
+def steps_follow(rows, end, lr):
+    """Relation 2: each theta is AdamW's step from the one before, on Eq. 3's gradient."""
+    theta = torch.nn.Parameter(rows[0][1].clone())
+    optimizer = torch.optim.AdamW([theta], lr=lr, weight_decay=0.0)
+    for row, after in zip(rows, [*(row[1] for row in rows[1:]), end]):
+        theta.data.copy_(row[1])
+        theta.grad = (1 - row[4]) * row[2] + row[4] * row[3]
+        torch.nn.utils.clip_grad_norm_([theta], 1.0)
+        optimizer.step()
+        if not near(after, theta.detach(), 1e-6, lr):
+            raise Wrong(f"theta after step {row[0]} is not the step of Eq. 3 with this row's mu and gradients")
+
+
+def mu_follows(rows, config, lr):
+    """Relations 3 and 4: mu of the row before and this row's estimates give mu; the estimates are of the sensitivity."""
+    mu, evidence, target, last = config.mu, (0.0, 0.0), None, None
+    m = v = torch.zeros_like(rows[0][1])
+    for t, theta, g_rl, g_sft, taken, entropy, scale, estimates, after in rows:
+        state = Made("AdamState", (m, v, t - 1))
+        if t <= config.warmup:
+            if taken != 1.0 or estimates:
+                raise Wrong(f"row {t}: in the warm-up mu is 1, and there is no estimate")
+        else:
+            target = entropy if target is None else target
+            asked = last is not None and config.eta_mu != 0
+            looks = asked and (t - config.warmup) % config.meta_every == 0
+            if len(estimates) != asked + looks:
+                raise Wrong(f"row {t}: {len(estimates)} estimates, expected {asked + looks}")
+            if asked:
+                own = -2 * (g_rl @ last[0]).item() * scale  # two tokens a response
+                if abs(estimates[0][0] - own) > 1e-6 * max(abs(own), 1e-9) or abs(estimates[0][1] - abs(own)) > 1e-6 * max(abs(own), 1e-9):
+                    raise Wrong(f"row {t}: the estimate on the step's own prompts is {estimates[0][0]:.4g}, expected {own:.4g}")
+            mu, evidence, _ = update_by_hand(mu, entropy, target, estimates, evidence, config, 0.98)
+            if abs(mu - taken) > 1e-9 or any(abs(a - b) > 1e-9 * max(1.0, abs(b)) for a, b in zip(after, evidence)):
+                raise Wrong(f"row {t}: mu {taken:.6f}, evidence {after}; Eq. 6 gives {mu:.6f}, {evidence} from the row before")
+            last = tuple(sensitivity_by_complex_step(theta, g_rl, g_sft, taken, state, last, config.trace, lr=lr))
+        grad = (1 - taken) * g_rl + taken * g_sft
+        _, m, v = (tensor(x) for x in step_by_loop(theta.tolist(), grad.tolist(), m.tolist(), v.tolist(), t - 1, lr))
+
+
+def samples_agree(rows, world):
+    """Relation 5: in the mean over a run the gradients are those of what is sampled; entropies are the policies' own."""
+    told, known = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for t, theta, g_rl, g_sft, _, entropy, scale, *_ in rows:
+        if abs(entropy - exact_entropy(world, theta)) > 1e-6:
+            raise Wrong(f"row {t}: the entropy is not that of this row's theta")
+        rise, fall = world.utility_gradient(theta), imitation_gradient(world, theta)
+        told += torch.stack([-2 * scale * g_rl @ rise, g_sft @ fall])
+        known += torch.stack([rise @ rise, fall @ fall])
+    for name, share, room in zip(("g_rl", "g_sft"), (told / known).tolist(), (0.6, 0.4)):
+        if not 1 - room < share < 1 + room:
+            raise Wrong(f"{name}: over the run {share:.2f} of the gradient that the samples have in expectation, expected about 1")
+
+
+def exact_entropy(world, theta):
+    """Nats a token, by enumeration over all prompts: log pi of both tokens."""
+    return -(world.probabilities(theta) * world.token_logps(theta).sum(-1)).sum(1).mean().item() / 2
+
+
+def imitation_gradient(world, theta):
+    """The gradient of Eq. 2 over the expert's distribution."""
+    toy = toy_of()
+    share = torch.zeros_like(world.right)
+    share.scatter_(1, world.expert, torch.tensor([[toy.EXPERT, 1 - toy.EXPERT]]).expand(len(world.right), 2))
+    return torch.func.grad(lambda theta: -(share * world.token_logps(theta).sum(-1)).sum() / len(share) / toy.T)(theta)
+
+
+def learn_case(seed, changed, steps, rise):
+    student = f"cases {seed}"
+    return [Case("learn", (Made("World", (student,)), seed, Made("settings", (changed,)), steps), {}, (), ROWS,
+                 relations=relations_of(student, changed, steps, rise))]
+
+
+@cases_of(11, "learn")
+def learn_amft(seed):
+    """A run from mu = 0.5 that must learn."""
+    return learn_case(seed, dict(mu=0.5, eta_mu=0.05, eta_h=0.0, trace=0.9, warmup=0, meta_every=1), 60, 0.2)
+
+
+@cases_of(11, "learn")
+def learn_after_a_warm_up(seed):
+    """The entropy's force, a look every third step, and no trace."""
+    return learn_case(seed, dict(mu=0.3, eta_mu=0.03, eta_h=0.2, trace=0.0, warmup=6, meta_every=3), 30, -1.0)
+
+
+@cases_of(11, "learn")
+def learn_with_mu_fixed(seed):
+    """Without eta_mu and eta_h mu stays, and no estimate is asked for."""
+    return learn_case(seed, dict(mu=0.6, eta_mu=0.0, eta_h=0.0, trace=0.9, warmup=3, meta_every=2), 20, -1.0)

@@ -28,7 +28,7 @@ from pathlib import Path
 import cases
 import verdict
 from check import body_of, exercises, functions_in
-from grade import VISIBLE, beside, facts
+from grade import FILES, VISIBLE, beside, facts
 
 HERE = Path(__file__).resolve().parent
 SOLUTION = HERE.parent
@@ -36,7 +36,7 @@ WIDTH = 100
 POLICY = "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json".split()
 COPIED = ["requirements.txt", "LICENSE", "base/README.md",
           *(f"{folder}/{name}" for folder in ("base", "base-vl") for name in POLICY)]
-HANDED_OUT = "handout.md toy.py written.md conftest.py test_exercises.py verdict.py check.py".split()  # of this folder, where they are; and the handout's figures
+HANDED_OUT = "handout.md written.md conftest.py test_exercises.py verdict.py check.py".split()  # of this folder, where they are; and the handout's figures
 
 
 def stub(exercise, name, indent):
@@ -96,9 +96,9 @@ def make(out, upto=1):
         raise ValueError(f"{out}: is there, and not empty")
     listed = exercises()
     out.mkdir(parents=True, exist_ok=True)
-    for module in ("amft", "tasks"):
+    for module, path in FILES.items():
         undone = {name: e for e in listed if e["module"] == module and e["id"] >= upto for name in e["functions"]}
-        (out / f"{module}.py").write_text(emptied((SOLUTION / f"{module}.py").read_text(), undone))
+        (out / f"{module}.py").write_text(emptied(path.read_text(), undone))
     copy([name for name in COPIED if (SOLUTION / name).exists()], out)
     copy(beside(), out)
     hidden = [name for e in listed for name in e["hidden"]]
@@ -144,7 +144,7 @@ def check(out, upto=1, solution=True):
     if not solution:
         return problems
     with tempfile.TemporaryDirectory() as work:
-        for name in "test_exercises.py exercises.toml conftest.py cases.py verdict.py".split():  # also what students do not see
+        for name in "test_exercises.py exercises.toml conftest.py cases.py verdict.py toy.py".split():  # also what students do not see
             shutil.copyfile(HERE / name, Path(work) / name)
         copy(["amft.py", "tasks.py", *beside()], Path(work))
         solved = outcomes(work)

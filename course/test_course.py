@@ -26,7 +26,7 @@ import verdict  # noqa: E402
 
 SLOW = bool(os.environ.get("AMFT_SLOW"))
 slow = pytest.mark.skipif(not SLOW, reason="takes longer: AMFT_SLOW=1 runs it")
-SOURCES = {module: (HERE.parent / f"{module}.py").read_text() for module in ("amft", "tasks")}
+SOURCES = {module: path.read_text() for module, path in grade.FILES.items()}
 EXERCISES = {e["id"]: e for e in grade.exercises()}
 
 
@@ -234,6 +234,15 @@ WRONG = [
     (9, "math.erf(total / math.sqrt(2 * variance))", "sum(slope for slope, _ in estimates)", "slope_alone"),
     (9, "if error > 0", "", "zero_error"),
     (9, "min(max(mu, config.mu_min), config.mu_max)", "mu", "not_clipped_mu"),
+    (11, "(t - config.warmup) % config.meta_every == 0", "True", "looked_every_step"),
+    (11, "target = seen.entropy if target is None else target", "target = seen.entropy", "target_moves"),
+    (11, "sensitivity, config.trace, lr=lr", "None, config.trace, lr=lr", "no_trace"),
+    (11, "taken = mu if t > config.warmup else 1.0", "taken = mu", "no_warm_up"),
+    (11, "range(1, steps + 1)", "range(steps)", None),
+    (11, "(1 - taken) * g_rl + taken * g_sft, state", "taken * g_rl + (1 - taken) * g_sft, state", None),
+    (11, "world.generator.manual_seed(seed)", "pass", None),
+    (11, "return log, theta", "return log, world.start", None),
+    (11, "theta, g_rl, g_sft, mu, state, sensitivity", "theta, g_sft, g_rl, mu, state, sensitivity", None),
     (10, "sorted(used) != sorted(self.numbers)", "set(used) != set(self.numbers)", "numbers_as_a_set"),
     (10, "sorted(used) != sorted(self.numbers)", "tuple(used) != tuple(self.numbers)", "numbers_in_order"),
     (10, "sorted(used) != sorted(self.numbers)", "False", "numbers_not_checked"),
@@ -270,6 +279,8 @@ return tuple((8 * (b - a) - (d - c)) / (12 * h) for c, a, b, d in zip(*(ends[s] 
     (5, "return logps.sum() * 0", None),
     (9, "return mu, evidence, (0.0, 0.0)", None),
     (10, "return 'correct' if str(self.target) in response else 'wrong_result'", None),
+    (11, "return [], world.start", None),
+    (11, "row = Row(1, world.start, world.start, world.start, 1.0, 1.0, 1.0, [], (0.0, 0.0))\nreturn [row._replace(t=t + 1) for t in range(steps)], world.start", None),
 ]
 
 
@@ -335,7 +346,7 @@ def test_other_right_answers_pass(case):
 
 def test_the_table_of_exercises_is_whole():
     """A test or a hint that is listed nowhere, listed and not there, or points that are not 60."""
-    assert list(EXERCISES) == list(range(1, 11)) and sum(e["points"] for e in EXERCISES.values()) == 60
+    assert list(EXERCISES) == list(range(1, 12)) and sum(e["points"] for e in EXERCISES.values()) == 74
     listed = [(e["id"], name) for e in EXERCISES.values() for name in e["tests"]]
     assert sorted(listed) == sorted((exercise, name) for name, (exercise, *_) in cases.TESTS.items())
     text = (HERE / "cases.py").read_text()
@@ -378,7 +389,7 @@ def python(folder, *words):
 
 def test_a_folder_that_is_solved_runs(tmp_path):
     """A kit whose amft.py does not find what it imports: also a recipe, which other tokens than the usual 40 ask for."""
-    make_student.make(tmp_path / "student", upto=11)
+    make_student.make(tmp_path / "student", upto=12)
     flags = "--out run --steps 1 --prompts 2 --samples 2 --sft-batch 2 --demos 4 --eval-n 1 --max-new-tokens 41"
     done = python(tmp_path / "student", "amft.py", "--device", "cpu", *flags.split())
     assert done.returncode == 0, done.stderr
@@ -507,8 +518,8 @@ def test_doing_nothing_scores_nothing(tmp_path, monkeypatch):
     states, true = [], grade.write
     monkeypatch.setattr(grade, "write", lambda path, results: (states.append(json.dumps(results)), true(path, results)))
     results = grade.grade([tmp_path / "student"], tmp_path / "results.json", say=lambda *_, **__: None)
-    assert len(states) == 11 and [state.count("cut off before") for state in states] == list(range(10, -1, -1))
-    assert results["score"] == 0 and scores(results) == [0] * 10
+    assert len(states) == 12 and [state.count("cut off before") for state in states] == list(range(11, -1, -1))
+    assert results["score"] == 0 and scores(results) == [0] * 11
     assert all("not done: " in row["output"] for row in results["tests"])
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["output"] == ""  # nothing was changed around the exercises
@@ -536,14 +547,14 @@ def test_hostile_submissions_lose_one_exercise_and_the_rest_is_graded(tmp_path, 
     true = grade.in_process
     monkeypatch.setattr(grade, "in_process", lambda e, name, source, tests, seconds, prefix: true(
         e, name, source, tests, 4 if e["id"] == 2 else seconds, prefix=prefix))
-    some = None if SLOW else [1, 3, 6, 7, 8, 9, 10]  # two of them start a process
+    some = list(range(1, 11)) if SLOW else [1, 3, 6, 7, 8, 9, 10]  # two of them start a process
     results = grade.grade([submitted(tmp_path / "in", sources)], tmp_path / "results.json", only=some, say=lambda *_, **__: None)
     said = [row["output"] for row in results["tests"]]
     assert scores(results) == [0] * (len(said) - 1) + [4], said
     assert all(len(text.splitlines()) <= 4 for text in said)
     parts = ("import of sys is not allowed", "longer than 4 s", "more memory than", "printing without end", "SystemExit",
              "import of os is not allowed", "import of os is not allowed", "open is not allowed", "not done", "tests passed")
-    for number, text in zip(some or range(1, 11), said):
+    for number, text in zip(some, said):
         assert parts[number - 1] in text, text
 
 
@@ -738,7 +749,7 @@ def test_two_files_of_one_name(tmp_path):
     submitted(tmp_path / "deep" / "mine", SOURCES)
     submitted(tmp_path / "deep" / "hunt", {"amft": "x = 1"})
     sources, notes = grade.read_submission([tmp_path / "deep"])
-    assert sources == {"tasks": SOURCES["tasks"]} and "there are 2, and none was read: hunt/amft.py, mine/amft.py" in notes[0]
+    assert sources == {name: SOURCES[name] for name in ("tasks", "toy")} and "there are 2, and none was read: hunt/amft.py, mine/amft.py" in notes[0]
     results = grade.grade([tmp_path / "deep"], tmp_path / "r.json", only=[4], say=lambda *_, **__: None)
     assert results["score"] == 0 and "no amft.py was read" in results["tests"][0]["output"] and notes[0] in results["output"]
 
@@ -787,7 +798,7 @@ def test_one_function_of_two_has_its_own_points(tmp_path):
 def test_check_says_what_the_grader_would(tmp_path):
     """A body that is refused although the student's own check let it through, or the other way about; a line that is not
     the file's."""
-    make_student.make(tmp_path / "student", upto=11)
+    make_student.make(tmp_path / "student", upto=12)
     sources = merged((4, "x = 1\nreturn open('x')"), (3, "return r"), (10, "import os"))
     submitted(tmp_path / "student", sources)
     done = python(tmp_path / "student", "check.py")
@@ -826,6 +837,48 @@ def test_helpers_outside_are_said_to_be_out_of_reach():
     passed, message = grade.judge(EXERCISES[4], answer(4, "return r, my_helper(rewards)"), [0])
     assert not passed and "the name r is not there: the signature is the reference's, (rewards, values, mask" in message
     assert "helpers and imports go inside the body" in message and "amft.py, line" in message
+
+
+RUN = dict(mu=0.5, eta_mu=0.05, eta_h=0.1, trace=0.9, warmup=2, meta_every=2)
+
+
+def forged(change):
+    """What the grader says of a log of the solution that was changed by hand."""
+    import torch
+    import toy
+    world = toy.World("cases 3")
+    log, theta = toy.learn(world, 3, toy.settings(**RUN), 14)
+    answer = verdict.unpacked(json.loads(json.dumps(verdict.packed(change(log, theta, torch)))))
+    try:
+        cases.relations_of("cases 3", RUN, 14, -1.0)(answer)
+    except verdict.Wrong as error:
+        return str(error)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+FORGED = {  # a log's change, and the relation that it breaks
+    "as it was": (lambda log, theta, torch: (log, theta), None),
+    "end": (lambda log, theta, torch: (log, theta + 1e-3), "theta after step 14"),
+    "mu": (lambda log, theta, torch: ([row._replace(mu=row.mu + 1e-4) if row.t == 6 else row for row in log], theta), "theta after step 6"),
+    "one mu": (lambda log, theta, torch: ([row._replace(mu=0.5) for row in log], theta), "theta after step 1"),
+    "gradient": (lambda log, theta, torch: ([row._replace(g_rl=-row.g_rl) for row in log], theta), "theta after step 3"),
+    "entropy": (lambda log, theta, torch: ([row._replace(entropy=row.entropy + 0.1) for row in log], theta), "the entropy is not"),
+    "scale": (lambda log, theta, torch: ([row._replace(scale=2 * row.scale) for row in log], theta), "row 4: the estimate on the step's own"),
+    "estimates": (lambda log, theta, torch: ([row._replace(estimates=[]) for row in log], theta), "estimates, expected"),
+    "evidence": (lambda log, theta, torch: ([row._replace(evidence=(1.0, 1.0)) for row in log], theta), "Eq. 6 gives"),
+    "start": (lambda log, theta, torch: ([row._replace(theta=row.theta + 1) for row in log], theta + 1), "row 1: theta is not where"),
+    "nan": (lambda log, theta, torch: ([row._replace(theta=row.theta / 0) for row in log], theta), "finite"),
+    "short": (lambda log, theta, torch: (log[:-1], theta), "a list of 14 rows"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_log_that_is_made_up_breaks_a_relation(name):
+    """A log that no run of Algorithm 1 has written, and passes."""
+    change, said = FORGED[name]
+    found = forged(change)
+    assert found is None if said is None else said in (found or ""), found
 
 
 def test_arguments_are_not_to_be_changed():
@@ -867,4 +920,4 @@ def test_the_solution_scores_everything_by_gradescopes_own_script(tmp_path):
     (tmp_path / "submission_metadata.json").write_text('{"users": [{"id": 7, "sid": "jdoe", "name": "J. Doe"}]}')
     subprocess.run(["bash", HERE / "gradescope" / "run_autograder"], check=True, env={**os.environ, "AUTOGRADER": str(tmp_path)})
     results = json.loads((tmp_path / "results" / "results.json").read_text())
-    assert results["score"] == 60 and all(row["status"] == "passed" for row in results["tests"])
+    assert results["score"] == 74 and all(row["status"] == "passed" for row in results["tests"])

@@ -51,6 +51,7 @@ class Case(NamedTuple):
     errors: dict = {}  # an exception's name: the hint
     weight: float = 0.0  # of the answer's first number in a sum over cases
     total: Any = None  # the Check of that sum, at its last case
+    relations: Any = None  # the grader's: says what is wrong with a whole answer, or raises Wrong
 
 
 class Wrong(AssertionError):
@@ -169,7 +170,7 @@ def request_of(case):
 
 def packed_case(case):
     """A whole case; its checks are expected values, not how to get them."""
-    return packed_made([*case._replace(checks=[list(c) for c in case.checks],
+    return packed_made([*case._replace(relations=None, checks=[list(c) for c in case.checks],
                                        total=case.total and list(case.total))])
 
 
@@ -207,6 +208,8 @@ def made(value, module):
         fields = [made(part, module) for part in value.fields]
         if value.name == "SimpleNamespace":
             return SimpleNamespace(**fields[0])
+        if value.name == "settings":
+            return module.settings(**fields[0])
         return (policy_class() if value.name == "Policy" else getattr(module, value.name))(*fields)
     if type(value) in (tuple, list):
         return type(value)(made(part, module) for part in value)
@@ -230,13 +233,13 @@ def function_of(module, name):
 def perform(request, module):
     """{"answer": plain data, "changed": was an argument changed in place?} of a request; what it raises, it raises."""
     name, args, kwargs, slope = unpacked(request)
-    args, kwargs = made(args, module), made(kwargs, module)
     function = function_of(module, name)
     if module.__name__ == "tasks":
-        return dict(answer=packed(function(*args, **kwargs)), changed=False)
+        return dict(answer=packed(function(*made(args, module), **kwargs)), changed=False)
     import torch
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
+    args, kwargs = made(args, module), made(kwargs, module)
     if slope and slope[0] == "tangent":
         chosen = [i for i, tangent in enumerate(slope[1]) if tangent is not None]
 
@@ -385,6 +388,8 @@ def judged(cases, replies, known):
                 if type(first) is not float:
                     raise Wrong(f"{case.function}: a {kind_of(first)}, expected a Python float")
                 total += case.weight * first
+            if case.relations:
+                case.relations(answer)
             if case.total:
                 compare(case.total, total, known)
         except Wrong as error:
