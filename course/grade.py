@@ -9,8 +9,8 @@ A body is taken from the submission by its qualified name; signature, imports an
 is checked against a list of what bodies may name (check.py), and put into the reference alone, so that exercise 2 can be
 right while exercise 1 is wrong. There it answers the cases of cases.py in a process of its own: 60 s, 700 MiB, one
 thread, no files, no processes, no network. A function earns its points if all of its tests pass with the visible seed and
-with three hidden ones, which follow from --student and from the text in AMFT_COURSE_SECRET; all seeds are among those with
-which the reference was seen to pass. results.json is Gradescope's, and is replaced as a whole after each exercise.
+with three hidden ones, which follow from --student and from the text in AMFT_COURSE_SECRET (the visible one is AMFT_COURSE_YEAR's, or 0); all
+seeds are among those with which the reference was seen to pass. results.json is Gradescope's, and is replaced as a whole after each exercise.
 
 Where a verdict is made. The process with student code knows the questions and not the answers: the exercise's own
 functions are emptied in its amft.py, and cases.py is not loaded. What it says is JSON of numbers and of tensors' bytes,
@@ -275,7 +275,7 @@ def told(tests, replies, ended=""):
     """(passed, message) of a function whose process gave these replies; ended: why there are no more of them."""
     known, found, at, first = verdict.hints(), [], 0, True
     for name, seed, some in tests:
-        if found and seed != VISIBLE:
+        if found and seed != tests[0][1]:
             break
         mine = replies[at:at + len(some)]
         at += len(some)
@@ -283,7 +283,7 @@ def told(tests, replies, ended=""):
         if wrong is None and len(mine) < len(some):
             wrong = ended or "there was no answer"
         if wrong:
-            where = name if seed == VISIBLE else f"{name} (a hidden seed)"
+            where = name if seed == tests[0][1] else f"{name} (a hidden seed)"
             found.append(wrong if wrong.startswith("refused") else f"{where}: {wrong}")
             if len(mine) < len(some) or mine and "error" in mine[-1]:
                 break  # the process has gone no further
@@ -385,9 +385,16 @@ def in_process(exercise, function, source, tests, seconds=SECONDS, checked=True,
     return *told(tests, replies_of(said), ended), measured
 
 
+def visible_seed(year=None):
+    """The seed whose numbers students get: 0, or AMFT_COURSE_YEAR's own."""
+    year = os.environ.get("AMFT_COURSE_YEAR", "") if year is None else year
+    return random.Random(hashlib.sha256(f"year {year}".encode()).hexdigest()).choice(VERIFIED) if year else VISIBLE
+
+
 def hidden_seeds(student):
     text = os.environ.get("AMFT_COURSE_SECRET", "") + "\n" + student
-    return sorted(random.Random(hashlib.sha256(text.encode()).hexdigest()).sample(VERIFIED, 3))
+    seeds = [seed for seed in VERIFIED if seed != visible_seed()]
+    return sorted(random.Random(hashlib.sha256(text.encode()).hexdigest()).sample(seeds, 3))
 
 
 def candidates(path, name):
@@ -481,7 +488,7 @@ def grade(paths, out, student="", only=None, total=TOTAL, say=print):
     listed, start = [e for e in exercises() if not only or e["id"] in only], time.monotonic()
     sources, notes = read_submission(paths)
     notes += remarks(sources, listed)
-    seeds, prefix = [VISIBLE, *hidden_seeds(student)], without_network()
+    seeds, prefix = [visible_seed(), *hidden_seeds(student)], without_network()
     tests = [dict(name=f"Exercise {e['id']}: {e['title']}", score=0, max_score=e["points"], status="failed", visibility="visible",
                   output="not graded: the grader was cut off before") for e in listed]
     results = dict(score=0, max_score=sum(e["points"] for e in listed), output="\n".join(notes), output_format="text",

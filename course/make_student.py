@@ -1,7 +1,9 @@
 """Make the folder that students get, from the solution.
 
-    python course/make_student.py --out FOLDER                 # all ten exercises to be done
+    python course/make_student.py --out FOLDER                 # all exercises to be done
     python course/make_student.py --out FOLDER --upto 4        # exercises 1 to 3 are solved
+    python course/make_student.py --out FOLDER --exercises 4 7 11    # only these to be done
+    python course/make_student.py --out FOLDER --year 2027     # with another visible seed: the grader's AMFT_COURSE_YEAR
     python course/make_student.py --out FOLDER --check         # and prove it: every test fails here, and passes on the solution
     python course/make_student.py --out FOLDER --autograder    # not for students: what goes into Gradescope's zip
 
@@ -28,7 +30,7 @@ from pathlib import Path
 import cases
 import verdict
 from check import body_of, exercises, functions_in
-from grade import FILES, VISIBLE, beside, facts
+from grade import FILES, beside, facts, visible_seed
 
 HERE = Path(__file__).resolve().parent
 SOLUTION = HERE.parent
@@ -69,9 +71,9 @@ def emptied(source, exercise_of):
     return "".join(lines)
 
 
-def frozen(listed):
+def frozen(listed, year):
     """The text of visible.json: the cases of the tests that students see, and what check.py must know."""
-    tests = {name: [verdict.packed_case(case) for case in cases.cases(name, VISIBLE)]
+    tests = {name: [verdict.packed_case(case) for case in cases.cases(name, visible_seed(year))]
              for e in listed for name in e["tests"] if name not in e["hidden"]}
     return json.dumps(dict(tests=tests, facts=facts()))
 
@@ -90,19 +92,23 @@ def copy(names, out):
         shutil.copyfile(SOLUTION / name, out / name)
 
 
-def make(out, upto=1):
-    """Write the folder; it must be new or empty."""
+def to_do(exercise, upto, only):
+    return exercise["id"] in only if only else exercise["id"] >= upto
+
+
+def make(out, upto=1, only=(), year=None):
+    """Write the folder; it must be new or empty. only: the exercises to be done, if not all from upto on."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is there, and not empty")
     listed = exercises()
     out.mkdir(parents=True, exist_ok=True)
     for module, path in FILES.items():
-        undone = {name: e for e in listed if e["module"] == module and e["id"] >= upto for name in e["functions"]}
+        undone = {name: e for e in listed if e["module"] == module and to_do(e, upto, only) for name in e["functions"]}
         (out / f"{module}.py").write_text(emptied(path.read_text(), undone))
     copy([name for name in COPIED if (SOLUTION / name).exists()], out)
     copy(beside(), out)
     hidden = [name for e in listed for name in e["hidden"]]
-    (out / "visible.json").write_text(frozen(listed))
+    (out / "visible.json").write_text(frozen(listed, year))
     (out / "exercises.toml").write_text(visible_table((HERE / "exercises.toml").read_text(), hidden))
     for path in [*(HERE / name for name in HANDED_OUT), *HERE.glob("*.png")]:
         shutil.copyfile(path, out / path.name)
@@ -128,7 +134,7 @@ def outcomes(folder):
                 for case in cases if case.find("error") is None}
 
 
-def check(out, upto=1, solution=True):
+def check(out, upto=1, solution=True, only=()):
     """Problems of a folder that was made, as lines; none: every test of a stub fails for being one, and all pass when solved."""
     problems, listed = [], exercises()
     visible = {name: e for e in listed for name in e["tests"] if name not in e["hidden"]}
@@ -137,9 +143,9 @@ def check(out, upto=1, solution=True):
         problems.append(f"tests that did not run, or are not listed: {', '.join(sorted(seen.keys() ^ visible.keys()))}")
     for name, e in visible.items():
         message = seen.get(name)
-        if e["id"] >= upto and f"Exercise {e['id']}: " not in (message or ""):
+        if to_do(e, upto, only) and f"Exercise {e['id']}: " not in (message or ""):
             problems.append(f"{name}: {'fails otherwise than as a stub' if message else 'passes'} without exercise {e['id']}")
-        if e["id"] < upto and message:
+        if not only and e["id"] < upto and message:
             problems.append(f"{name}: fails although exercise {e['id']} is solved")
     if not solution:
         return problems
@@ -160,18 +166,21 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="the folder, new or empty")
     parser.add_argument("--autograder", action="store_true", help="make the autograder's folder, not the students'")
     parser.add_argument("--upto", type=int, default=1, help="exercises before this one are solved (default: 1, none)")
+    parser.add_argument("--exercises", type=int, nargs="+", default=(), help="these are to be done, the others are solved")
+    parser.add_argument("--year", help="a text that draws the visible seed; give the grader the same as AMFT_COURSE_YEAR")
     parser.add_argument("--check", action="store_true", help="prove that its tests fail, and pass on the solution")
     given = parser.parse_args()
     try:
         if given.autograder:
             make_autograder(given.out)
             return print(f"{given.out}: zip what is in it")
-        make(given.out, given.upto)
+        make(given.out, given.upto, given.exercises, given.year)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"{given.out}: exercises {given.upto} to {len(exercises())} to be done")
+    numbers = [str(e["id"]) for e in exercises() if to_do(e, given.upto, given.exercises)]
+    print(f"{given.out}: exercises {', '.join(numbers)} to be done")
     if given.check:
-        problems = check(given.out, given.upto)
+        problems = check(given.out, given.upto, only=given.exercises)
         print("\n".join(problems) or "checked: each visible test fails on its stub, every test passes on the solution")
         sys.exit(bool(problems))
 

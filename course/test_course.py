@@ -469,6 +469,21 @@ def test_a_folder_with_the_first_exercises_solved(tmp_path):
         make_student.make(tmp_path / "student")
 
 
+def test_a_years_variant(tmp_path, monkeypatch):
+    """--year whose numbers are those of other years, or that the grader does not share; --exercises that solves the wrong ones."""
+    make_student.make(tmp_path / "a", only=(4, 11), year="2027")
+    make_student.make(tmp_path / "b", only=(4, 11))
+    assert (tmp_path / "a" / "visible.json").read_text() != (tmp_path / "b" / "visible.json").read_text()
+    for e in EXERCISES.values():
+        for name in e["functions"]:
+            node = functions((tmp_path / "a" / f"{e['module']}.py").read_text())[name]
+            assert grade.is_stub(node) == (e["id"] in (4, 11))
+    assert grade.visible_seed() == grade.VISIBLE
+    monkeypatch.setenv("AMFT_COURSE_YEAR", "2027")
+    assert grade.visible_seed() == grade.visible_seed("2027") in grade.VERIFIED
+    assert all(grade.visible_seed() not in grade.hidden_seeds(f"student {i}") for i in range(99))
+
+
 @slow
 def test_a_folder_whose_tests_are_wrong_is_noticed(tmp_path):
     """A --check that passes whatever the folder's tests do."""

@@ -19,6 +19,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import bughunt  # noqa: E402
+import leaderboard  # noqa: E402
 import toy  # noqa: E402
 rules = bughunt.rules
 
@@ -225,6 +226,27 @@ def test_a_test_cannot_look_at_the_code(line):
     """A text that compares a function's own code scored three bugs of five without knowing them."""
     text = f"import amft, tasks, torch, numpy, pytest, random, json, itertools, functools, types, dataclasses\ndef test():\n    {line}\n"
     assert "may not" in bughunt.refused(text, 15), line
+
+
+def test_a_leaderboard_entry_sets_the_algorithm_alone(tmp_path):
+    """An entry with a task, a start or a folder of its own; the shipped file."""
+    most, entries = leaderboard.read(HERE / "leaderboard.toml")
+    assert most == 8000 and len(entries) >= 2 and entries[0]["flags"] == ""
+    for flags in ("--model x", "--out /tmp/x", "--task virl", "--data x.py", "steps 3", "--steps", "--lr 1;2", "--device cuda", "--seed 3"):
+        text = f'responses = 1\n[[entry]]\nname = "a"\nflags = "{flags}"\nseed = 1\nclaim = 0.5\nat = 0.1\n'
+        (tmp_path / "l.toml").write_text(text)
+        with pytest.raises(ValueError, match="no flag"):
+            leaderboard.read(tmp_path / "l.toml")
+
+
+@slow
+def test_a_leaderboard_entry_is_run_again(monkeypatch):
+    """A claim that is taken at its word, or more responses than are allowed."""
+    monkeypatch.setattr(leaderboard, "TEMPERATURES", (0.1,))
+    entry = dict(name="a", flags="--steps 2 --prompts 2 --samples 2 --sft-batch 4 --demos 9 --warmup 0", seed=1, claim=0.999, at=0.1)
+    success, temperature, responses, wrong = leaderboard.check(entry, 99, eval_n=5)
+    assert temperature == 0.1 and responses >= 8 and wrong == "claims 0.999" and 0 <= success < 1
+    assert "at most 1" in leaderboard.check({**entry, "claim": success}, 1, eval_n=5)[3]
 
 
 HONEST = [
