@@ -41,17 +41,23 @@ ROOT = HERE.parent
 sys.path[:0] = [str(HERE / "bughunt"), str(HERE)]
 import probes  # noqa: E402
 import rules  # noqa: E402
-from grade import beside  # noqa: E402
+import check as bodies  # noqa: E402
+from grade import beside, facts  # noqa: E402
 
 FILES = ("amft.py", "tasks.py")
 BUGS, TEST, FIX, SYMPTOM = 5, 1.5, 1.0, 0.5  # how many; points for each part of one
 LINES, SECONDS, MEMORY = 15, 60, 2 ** 30  # of a student's test; memory: beyond what importing takes
 RUN = ("--task gp --steps 8 --warmup 2 --prompts 8 --samples 4 --sft-batch 16 --demos 200 --max-new-tokens 40 "
        "--meta-every 2 --eval-n 24")
-MAY_IMPORT = {"amft", "tasks", "torch", "math", "pytest", "random", "numpy", "itertools", "json", "fractions", "types",
-              "dataclasses", "functools", "copy", "collections"}
+# What a test may name besides what graded bodies may (check.py): attributes of policies and tokenizers, of errors.
+MORE = set("value eos_token_id pad_token_id vocab_size decode encode pad input_ids attention_mask past_key_values get_input_embeddings "
+           "position_ids chat_template backward numpy __init__".split())
+MORE |= {name for name in dir(random.Random) if name[0] != "_"}
+READS = set("load loads loadtxt genfromtxt fromfile fromregex memmap open_memmap save savez savez_compressed savetxt DataSource info "
+            "show_config show_runtime get_include test lookfor source".split())
 MAY_NOT_NAME = {"open", "exec", "eval", "compile", "globals", "locals", "vars", "getattr", "setattr", "delattr", "breakpoint",
-                "input", "exit", "quit", "sys", "os", "inspect", "io", "Path", "importlib", "builtins", "subprocess", "random_module"}
+                "input", "exit", "quit", "sys", "os", "inspect", "io", "Path", "importlib", "builtins", "subprocess"}  # in a fix
+BUILT_IN = set("type object super property staticmethod classmethod".split())
 
 
 # --- Bugs, and harmless changes ---
@@ -338,20 +344,23 @@ ABOUT = """# Bug hunt of {student}
 different from the published file and do the same: comparing files names no bug. What they import, `harness/` and
 `recipes/`, holds none.
 
-`logs/bug1.jsonl` is the log of a short run with one of the bugs alone, `logs/right1.jsonl` of the same run of the right
-files; the run's flags are its first row. So for 2 to 5. A log shows what to ask, the paper and the docstrings what is right.
-
-For each bug fill in two files in `answers/`, whichever number you give it:
+{logs}For each bug fill in two files in `answers/`, whichever number you give it:
 
 - `test_bug1.py`: at most 15 lines (empty ones and comments do not count) with functions `test_...()` without arguments. It
   passes on the right files and fails on files with this one bug. It may import amft, tasks, torch, numpy, pytest, math,
-  random, json, itertools, functools, fractions, collections, copy, types, dataclasses; it runs alone, at most a minute.
+  random, json, itertools, functools, fractions, collections, copy, types, dataclasses, and name of them what works on
+  numbers: nothing that reads a file or a function's own code, no text with two underscores, no `.format` (an f-string
+  does it). It runs alone, at most a minute.
 - `bug1.txt`: the file, the number of the line, that line as it should be (its indentation may be left out), and what a
   user would see, in words.
 
     python -m pytest -q answers        # here all your tests should fail, and after all five fixes pass
 
 Points for each: test 1.5, fix 1, symptom 0.5. Your test meets files with one bug alone, not this one with five.
+"""
+LOGS = """`logs/bug1.jsonl` is the log of a short run with one of the bugs alone, `logs/right1.jsonl` of the same run of the right
+files; the run's flags are its first row. So for 2 to 5. A log shows what to ask, the paper and the docstrings what is right.
+
 """
 ANSWER = "file: \nline: \nfix: \nsymptom: \n"
 
@@ -370,7 +379,7 @@ def make(student, out, private=None, logs=True):
             (out / file).write_text(edited(source(file), edits))
         furnish(out)
         shutil.copytree(ROOT / "base", out / "base", ignore=shutil.ignore_patterns("early", "*.py", "__pycache__"))
-        (out / "README.md").write_text(ABOUT.format(student=student))
+        (out / "README.md").write_text(ABOUT.format(student=student, logs=LOGS * logs))
         (out / "answers" / "conftest.py").write_text("import sys\nsys.path.insert(0, '.')\n")
         for i, bug in enumerate(bugs, 1):
             (out / "answers" / f"test_bug{i}.py").write_text("# at most 15 lines; imports amft, or tasks\n")
@@ -389,24 +398,79 @@ def make(student, out, private=None, logs=True):
 # --- grade ---
 
 
+@lru_cache(maxsize=None)
+def allowed():
+    """{module: what of it a test may name}."""
+    import numpy
+    import torch
+
+    def of(file):
+        names = set()
+        for node in tree(file).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.ImportFrom):
+                names |= {alias.asname or alias.name for alias in node.names} - {"Path"}
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                names |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+        return names
+    arrays = {name for name in vars(numpy) if name[0] != "_" and not isinstance(getattr(numpy, name), type(numpy))} - READS
+    more = {"amft": of("amft.py"), "tasks": of("tasks.py"), "pytest": {"approx", "raises", "fail"}, "numpy": arrays,
+            "numpy.random": {"default_rng", "seed", "rand", "randn", "random", "randint", "normal"},
+            "numpy.linalg": bodies.public(numpy.linalg, callable), "types": {"SimpleNamespace"},
+            "random": set("Random seed random randint choice sample shuffle gauss uniform".split()),
+            "dataclasses": {"replace", "dataclass", "field", "asdict", "astuple"}, "copy": {"copy", "deepcopy"}}
+    found = {**bodies.modules(), **more}
+    return {**found, "torch": found["torch"] | {"manual_seed", "get_rng_state", "set_rng_state", "allclose"}, "torch.optim": bodies.public(torch.optim, lambda x: isinstance(x, type)),
+        "torch.testing": {"assert_close"}, "torch.nn": found["torch.nn"] | {"Module"}}
+
+
 def refused(text, lines):
-    """Why a test (or a line) may not run, or None."""
+    """Why a test may not run, or None. Whatever could tell two files apart by more than what they do is on no list."""
     try:
-        nodes = list(ast.walk(ast.parse(text)))
-    except (SyntaxError, ValueError, RecursionError) as error:
+        whole = ast.parse(text)
+        nodes = list(ast.walk(whole))
+        bodies.measured(whole.body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return f"is not Python: {error}"
+    except bodies.Refused as error:
+        return f"has more than a test may have: {error}"
     said = [line for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
     if len(said) > lines or any(len(line) > 160 for line in said) or ";" in text:
         return f"has {len(said)} lines; at most {lines}, none longer than 160, no ';'"
-    for node in nodes:
-        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-        if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] not in MAY_IMPORT) or isinstance(
-                node, ast.Import) and any(name.split(".")[0] not in MAY_IMPORT for name in names):
-            return "imports something that it may not"
-        for name in [getattr(node, "id", ""), getattr(node, "attr", ""), *names]:
-            if isinstance(name, str) and (name in MAY_NOT_NAME or name.startswith("__")):
-                return f"names {name}"
+
+    def refuse(part, what, why=""):
+        raise bodies.Refused(f"names {what} in line {getattr(part, 'lineno', '?')}, which it may not")
+    try:
+        as_modules, things = bodies.imports_of(nodes, allowed(), refuse)
+        known = bodies.attributes() | MORE | of_arrays() | of_classes() | own_attributes(nodes)
+        named = things | set(bodies.SAFE) | BUILT_IN
+        for part in nodes:
+            bodies.listed(part, nodes, allowed(), as_modules, named, known, refuse, lambda part: refuse(part, part.id),
+                          ("amft", "tasks"))
+    except bodies.Refused as error:
+        return str(error)
     return None
+
+
+@lru_cache(maxsize=None)
+def of_arrays():
+    import numpy
+    return {name for name in dir(numpy.ndarray) if name[0] != "_"} - {"tofile", "dump", "dumps", "ctypes", "data", "setfield"}
+
+
+@lru_cache(maxsize=None)
+def of_classes():
+    return frozenset(facts()["fields"]) - bodies.OUT
+
+
+def own_attributes(nodes):
+    """What the test's own classes and stand-ins are given: names that it sets itself."""
+    functions = {part.name for part in nodes if isinstance(part, ast.FunctionDef)}
+    stored = {part.attr for part in nodes if isinstance(part, ast.Attribute) and not isinstance(part.ctx, ast.Load)}
+    keywords = {part.arg for part in nodes if isinstance(part, ast.keyword) and part.arg}
+    return {name for name in functions | stored | keywords if not name.startswith("_")} - bodies.OUT - {
+        name for name in functions | stored | keywords if name.startswith(("co_", "f_", "tb_", "gi_"))}
 
 
 def run_test(text):
@@ -478,7 +542,8 @@ def fixed(shop, answer, bugs, changes):
         node = rules.function(tree(file), bug.rule.where.split(":")[1])
         before = set(x for n in ast.walk(ast.parse("\n".join(lines))) for x in (getattr(n, "id", ""), getattr(n, "attr", "")))
         after = set(x for n in ast.walk(ast.parse(text)) for x in (getattr(n, "id", ""), getattr(n, "attr", "")))
-        if {name for name in after - before if name in MAY_NOT_NAME or name.startswith("__")} or "import" in fix.split():
+        new = {name for name in after - before if name in MAY_NOT_NAME or name.startswith("__")}
+        if new or "import" in fix.split() or "__" in fix or "format" in fix:
             return set(), "the fix names something that it may not"
         if not node.lineno <= number <= node.end_lineno:
             continue

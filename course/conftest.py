@@ -2,7 +2,10 @@
 
     python -m pytest -q test_exercises.py --exercise 4            # one exercise's tests, or several: --exercise 4 --exercise 5
     python -m pytest -q test_exercises.py -m exercise             # all of them
-    AMFT_TEST_SEED=7 python -m pytest -q test_exercises.py        # with other numbers
+
+In the repository, where the numbers are not frozen, also with others:
+
+    AMFT_TEST_SEED=7 python -m pytest -q test_exercises.py
     python -m pytest -q test_exercises.py --seeds 0-199           # each test with each of these seeds
 """
 
@@ -33,13 +36,3 @@ def pytest_collection_modifyitems(config, items):
         number = [marker.args[0] if (marker := item.get_closest_marker("exercise")) else None for item in items]
         config.hook.pytest_deselected(items=[item for item, n in zip(items, number) if n not in wanted])
         items[:] = [item for item, n in zip(items, number) if n in wanted]
-
-
-@pytest.fixture(autouse=True)
-def alone(request):
-    """Stand-ins for the other exercises' functions, so that a test needs no function but its own exercise's."""
-    if marker := request.node.get_closest_marker("exercise"):
-        with request.module.stand_ins(marker.args[0]):
-            yield
-    else:
-        yield

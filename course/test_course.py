@@ -18,12 +18,15 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import cases  # noqa: E402
+import check  # noqa: E402
 import grade  # noqa: E402
 import make_student  # noqa: E402
+import verdict  # noqa: E402
 
 SLOW = bool(os.environ.get("AMFT_SLOW"))
 slow = pytest.mark.skipif(not SLOW, reason="takes longer: AMFT_SLOW=1 runs it")
-SOURCES = {module: (HERE.parent / f"{module}.py").read_text() for module in ("amft", "tasks")}
+SOURCES = {module: path.read_text() for module, path in grade.FILES.items()}
 EXERCISES = {e["id"]: e for e in grade.exercises()}
 
 
@@ -35,7 +38,7 @@ def functions(source):
 def answer(exercise, body, function=None):
     """The sources with another body, a text without indent, of an exercise's function."""
     e = EXERCISES[exercise]
-    name = function or e["functions"][0]
+    name = function or list(e["functions"])[0]
     source = SOURCES[e["module"]]
     node, lines = functions(source)[name], source.splitlines(keepends=True)
     first = grade.body_of(node)[0]
@@ -46,7 +49,7 @@ def answer(exercise, body, function=None):
 
 # Bodies as a student may write them, where the solution's own has a form that saves memory.
 PLAIN = {
-    1: "return logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)",
+    1: "logits = at_least_float32(logits)\nreturn logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)",
     7: """
 mu = torch.as_tensor(mu, dtype=theta.dtype, device=theta.device)
 def step(mu, theta, m, v):
@@ -69,9 +72,9 @@ return slopes.mean().item(), slopes.std().item() / math.sqrt(P)
 }
 # And other right answers.
 RIGHT = [
-    (1, "return torch.log_softmax(logits, 2)[torch.arange(len(ids))[:, None], torch.arange(ids.shape[1]), ids]"),
-    (1, "return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)"),
-    (1, "import torch.nn.functional as F\nreturn -F.cross_entropy(logits.transpose(1, 2), ids, reduction='none')"),
+    (1, "x = logits.to(torch.promote_types(logits.dtype, torch.float32))\nreturn torch.log_softmax(x, 2)[torch.arange(len(ids))[:, None], torch.arange(ids.shape[1]), ids]"),
+    (1, "x = logits if logits.dtype == torch.float64 else logits.float()\nreturn x.gather(-1, ids[..., None])[..., 0] - x.logsumexp(-1)"),
+    (1, "import torch.nn.functional as F\nreturn -F.cross_entropy(at_least_float32(logits).transpose(1, 2), ids, reduction='none')"),
     (6, """
 theta, m, v = adamw(theta, grad, state.m, state.v, torch.linalg.vector_norm(grad), state.step + 1, **how)
 return theta, AdamState(m, v, state.step + 1)
@@ -113,6 +116,36 @@ WRONG = [
     (1, "ids.unsqueeze(-1)", "logits.argmax(-1).unsqueeze(-1)", "likeliest"),
     (1, "return logits", "return -logits", "negated"),
     (1, "logits.log_softmax(-1)", "logits.detach().log_softmax(-1)", "no_gradient"),
+    (1, "logits = at_least_float32(logits)", "", None),
+    (1, "logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)",
+     "logits.bfloat16().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1).to(logits.dtype)", None),
+    (2, "-(logps * mask)", "-(logps.detach() * mask)", "sft_no_gradient"),
+    (3, "scale < 1e-6", "scale < 1e-8", "noise_scaled"),
+    (3, "scale < 1e-6", "scale < 1e-5", "silent_too_soon"),
+    (3, "centred / scale, scale", "centred / (scale + 1e-8), scale", "added_to_scale"),
+    (4, "torch.where(on_token, delta + gamma * lam * advantage, advantage)",
+     "torch.where(on_token, delta + gamma * lam * advantage, 0)", "advantage_zeroed"),
+    (4, "torch.where(on_token, values[:, t], next_value)", "torch.where(on_token, values[:, t], 0)", "next_value_zeroed"),
+    (4, "return advantages, (advantages + values) * mask",
+     "on = advantages[mask > 0]\n    return (advantages - on.mean()) / (on.std() + 1e-8) * mask, (advantages + values) * mask",
+     "advantages_normalised"),
+    (5, "ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(0.8, 1.2)", "clip_fixed"),
+    (5, "(logps - old_logps).exp()", "((logps - old_logps) * mask).sum(-1, keepdim=True).exp()", "sequence_ratio"),
+    (5, "torch.minimum(ratio * advantages, clipped * advantages)",
+     "torch.where(advantages < 0, torch.maximum(torch.minimum(ratio * advantages, clipped * advantages), 3 * advantages),"
+     " torch.minimum(ratio * advantages, clipped * advantages))", "dual_clip"),
+    (6, "theta = theta * (1 - lr * weight_decay) - lr * (m_hat / (root_hat + eps))",
+     "theta = (theta - lr * (m_hat / (root_hat + eps))) * (1 - lr * weight_decay)", "decay_after_step"),
+    (6, "v.clamp(min=1e-37)", "v.clamp(min=1e-9)", None),
+    (8, "if advantages is None else advantages", "if advantages is None or not group_advantages(rollouts.success)[0].any() else advantages", None),
+    (9, "math.erf(total / math.sqrt(2 * variance))", "torch.tensor(total / math.sqrt(2 * variance)).float().erf().item()",
+     "single_precision"),
+    (10, "right.strip(\" \") != str(self.target)", "right.strip() != str(self.target)", "only_spaces"),
+    (10, "(equals and right.strip(\" \") != str(self.target))",
+     "(equals and (not right.strip(\" \").isdigit() or int(right) != self.target))", "target_spelt"),
+    (10, "(equals and right.strip(\" \") != str(self.target))",
+     "(equals and (right != right.strip('\\n\\t') or right.replace(\" \", \"\") != str(self.target)))", None),
+    (10, "len(formula) > MAX_FORMULA", "len(formula.strip()) > MAX_FORMULA", "too_long"),
     (2, "-(logps * mask).sum() / (mask.sum() if n_tokens is None else n_tokens)", "-(logps * mask).mean()", "sft_all_positions"),
     (2, "-(logps * mask).sum() / (mask.sum() if n_tokens is None else n_tokens)", "-((logps * mask).sum(1) / mask.sum(1)).mean()",
      "sft_row_means"),
@@ -165,7 +198,7 @@ WRONG = [
     (6, "grad * (max_norm / (norm + 1e-6)).clamp(max=1.0)", "grad.clamp(-max_norm, max_norm)", "clipped_by_value"),
     (6, "(norm + 1e-6)", "(grad.norm() + 1e-6)", "norm_of_some"),
     (6, "v.clamp(min=1e-37).sqrt()", "v.sqrt()", "derivative_not_finite"),
-    (6, "AdamState(m, v, state.step + 1)", "AdamState(m, v, state.step)", None),
+    (6, "AdamState(m, v, state.step + 1)", "AdamState(m, v, state.step)", "step_not_counted"),
     (7, "(1 - mu) * g_rl + mu * g_sft", "mu * g_rl + (1 - mu) * g_sft", None),
     (7, "state.step + 1, **how)", "state.step + 1, **{**how, 'max_norm': 1e30})", "unclipped_derivative"),
     (7, "g.norm(), state.step", "g.norm().detach(), state.step", None),
@@ -201,6 +234,15 @@ WRONG = [
     (9, "math.erf(total / math.sqrt(2 * variance))", "sum(slope for slope, _ in estimates)", "slope_alone"),
     (9, "if error > 0", "", "zero_error"),
     (9, "min(max(mu, config.mu_min), config.mu_max)", "mu", "not_clipped_mu"),
+    (11, "(t - config.warmup) % config.meta_every == 0", "True", "looked_every_step"),
+    (11, "target = seen.entropy if target is None else target", "target = seen.entropy", "target_moves"),
+    (11, "sensitivity, config.trace, lr=lr", "None, config.trace, lr=lr", "no_trace"),
+    (11, "taken = mu if t > config.warmup else 1.0", "taken = mu", "no_warm_up"),
+    (11, "range(1, steps + 1)", "range(steps)", None),
+    (11, "(1 - taken) * g_rl + taken * g_sft, state", "taken * g_rl + (1 - taken) * g_sft, state", None),
+    (11, "world.generator.manual_seed(seed)", "pass", None),
+    (11, "return log, theta", "return log, world.start", None),
+    (11, "theta, g_rl, g_sft, mu, state, sensitivity", "theta, g_sft, g_rl, mu, state, sensitivity", None),
     (10, "sorted(used) != sorted(self.numbers)", "set(used) != set(self.numbers)", "numbers_as_a_set"),
     (10, "sorted(used) != sorted(self.numbers)", "tuple(used) != tuple(self.numbers)", "numbers_in_order"),
     (10, "sorted(used) != sorted(self.numbers)", "False", "numbers_not_checked"),
@@ -237,6 +279,8 @@ return tuple((8 * (b - a) - (d - c)) / (12 * h) for c, a, b, d in zip(*(ends[s] 
     (5, "return logps.sum() * 0", None),
     (9, "return mu, evidence, (0.0, 0.0)", None),
     (10, "return 'correct' if str(self.target) in response else 'wrong_result'", None),
+    (11, "return [], world.start", None),
+    (11, "row = Row(1, world.start, world.start, world.start, 1.0, 1.0, 1.0, [], (0.0, 0.0))\nreturn [row._replace(t=t + 1) for t in range(steps)], world.start", None),
 ]
 
 
@@ -293,7 +337,7 @@ def test_the_solution_passes():
 def test_other_right_answers_pass(case):
     """A test or a refusal that takes points from a right answer in another form."""
     exercise, body = case
-    passed, message = grade.judge(EXERCISES[exercise], answer(exercise, body, EXERCISES[exercise]["functions"][-1]), range(8 if SLOW else 1))
+    passed, message = grade.judge(EXERCISES[exercise], answer(exercise, body, list(EXERCISES[exercise]["functions"])[-1]), range(8 if SLOW else 1))
     assert passed, message
 
 
@@ -302,20 +346,18 @@ def test_other_right_answers_pass(case):
 
 def test_the_table_of_exercises_is_whole():
     """A test or a hint that is listed nowhere, listed and not there, or points that are not 60."""
-    assert list(EXERCISES) == list(range(1, 11)) and sum(e["points"] for e in EXERCISES.values()) == 60
-    text = (HERE / "test_exercises.py").read_text()
-    marked = re.findall(r"^@exercise\((\d+)\)\ndef (test_\w+)\(seed\)", text, re.M)
-    assert marked == [(str(e["id"]), name) for e in EXERCISES.values() for name in e["tests"]]
-    assert len(re.findall(r"^def test_", text, re.M)) == len(marked)
+    assert list(EXERCISES) == list(range(1, 12)) and sum(e["points"] for e in EXERCISES.values()) == 74
+    listed = [(e["id"], name) for e in EXERCISES.values() for name in e["tests"]]
+    assert sorted(listed) == sorted((exercise, name) for name, (exercise, *_) in cases.TESTS.items())
+    text = (HERE / "cases.py").read_text()
     for e in EXERCISES.values():
-        assert set(e["hidden"]) < set(e["tests"])
+        assert set(e["hidden"]) < set(e["tests"]) and e["points"] == sum(e["functions"].values())
         for name in e["functions"]:
             assert name in functions(SOURCES[e["module"]])
-    said = {hint for _, _, hint, _ in CASES}
-    for e in EXERCISES.values():
+            assert any(cases.TESTS[test][1] == name and test not in e["hidden"] for test in e["tests"])
         for hint in e["hints"]:
             assert f'"{hint}"' in text or f"{hint}=" in text, f"{hint}: no test says it"
-    assert len(said) > 70
+    assert len({hint for _, _, hint, _ in CASES}) > 80
 
 
 def test_the_handout_states_the_facts_of_the_table():
@@ -323,8 +365,8 @@ def test_the_handout_states_the_facts_of_the_table():
     text = (HERE / "handout.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (.*?) \| .*? \| (\d+) \| (\d+) \| (\d+) \|$", text, re.M)
     assert [(int(n), re.findall(r"`([\w.]+)`", names), *map(int, numbers)) for n, names, *numbers in rows] == [
-        (e["id"], e["functions"], e["points"], e["minutes"], e["lines"]) for e in EXERCISES.values()]
-    for name in [*grade.MODULES, *grade.STORED, f"{grade.SECONDS} seconds", f"{grade.MIB} MiB", f"seed {grade.VISIBLE}"]:
+        (e["id"], list(e["functions"]), e["points"], e["minutes"], e["lines"]) for e in EXERCISES.values()]
+    for name in [*set(check.modules()) - {"amft"}, *check.STORED, f"{grade.SECONDS} seconds", f"{grade.MIB} MiB", f"seed {grade.VISIBLE}"]:
         assert name in text, name
 
 
@@ -347,7 +389,7 @@ def python(folder, *words):
 
 def test_a_folder_that_is_solved_runs(tmp_path):
     """A kit whose amft.py does not find what it imports: also a recipe, which other tokens than the usual 40 ask for."""
-    make_student.make(tmp_path / "student", upto=11)
+    make_student.make(tmp_path / "student", upto=12)
     flags = "--out run --steps 1 --prompts 2 --samples 2 --sft-batch 2 --demos 4 --eval-n 1 --max-new-tokens 41"
     done = python(tmp_path / "student", "amft.py", "--device", "cpu", *flags.split())
     assert done.returncode == 0, done.stderr
@@ -364,13 +406,13 @@ def test_a_students_folder(tmp_path):
     assert make_student.check(out, solution=SLOW) == []
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert {"amft.py", "tasks.py", "requirements.txt", "test_exercises.py", "conftest.py", "exercises.toml",
-            "base/model.safetensors", "handout.md", "written.md", "toy.py", "meta-gradient.png", *NEEDED} <= files
+            "check.py", "verdict.py", "visible.json", "base/model.safetensors", "handout.md", "written.md", "toy.py", "meta-gradient.png", *NEEDED} <= files
     for name in ("handout.md", "written.md"):  # every file that they name is there
         for linked in re.findall(r"\]\(([^)]+)\)", (out / name).read_text()):
             assert linked in files, linked
-    assert not [name for name in files if re.search("mutants|recorded|metrics|grade|answers.md|instructor|test_amft|test_course|[.]git", name)]
+    assert not [name for name in files if re.search("mutants|recorded|metrics|grade|cases|answers.md|instructor|test_amft|test_course|[.]git", name)]
     hidden = [name for e in EXERCISES.values() for name in e["hidden"]]
-    assert hidden and not any(name in (out / file).read_text() for name in hidden for file in ("test_exercises.py", "exercises.toml"))
+    assert hidden and not any(name in (out / file).read_text() for name in hidden for file in ("visible.json", "exercises.toml"))
     for module, source in SOURCES.items():
         made = (out / f"{module}.py").read_text()
         for e in EXERCISES.values():
@@ -427,16 +469,33 @@ def test_a_folder_with_the_first_exercises_solved(tmp_path):
         make_student.make(tmp_path / "student")
 
 
+def test_a_years_variant(tmp_path, monkeypatch):
+    """--year whose numbers are those of other years, or that the grader does not share; --exercises that solves the wrong ones."""
+    make_student.make(tmp_path / "a", only=(4, 11), year="2027")
+    make_student.make(tmp_path / "b", only=(4, 11))
+    assert (tmp_path / "a" / "visible.json").read_text() != (tmp_path / "b" / "visible.json").read_text()
+    for e in EXERCISES.values():
+        for name in e["functions"]:
+            node = functions((tmp_path / "a" / f"{e['module']}.py").read_text())[name]
+            assert grade.is_stub(node) == (e["id"] in (4, 11))
+    assert grade.visible_seed() == grade.VISIBLE
+    monkeypatch.setenv("AMFT_COURSE_YEAR", "2027")
+    assert grade.visible_seed() == grade.visible_seed("2027") in grade.VERIFIED
+    assert all(grade.visible_seed() not in grade.hidden_seeds(f"student {i}") for i in range(99))
+
+
 @slow
 def test_a_folder_whose_tests_are_wrong_is_noticed(tmp_path):
     """A --check that passes whatever the folder's tests do."""
     out = tmp_path / "student"
     make_student.make(out, upto=10)
-    text = (out / "test_exercises.py").read_text()
-    (out / "test_exercises.py").write_text(text + "\n\n@exercise(10)\ndef test_nothing(seed):\n    pass\n")
-    assert make_student.outcomes(out).keys() > {"test_nothing", "test_gae_values"}
-    (out / "test_exercises.py").write_text(re.sub(r"(def test_grade_uses_the_deal\(seed\):\n)", r"\1    return\n", text))
-    assert any("test_grade_uses_the_deal: passes without exercise 10" in line for line in make_student.check(out, upto=10))
+    text = (out / "visible.json").read_text()
+    frozen = json.loads(text)
+    frozen["tests"]["grade_uses_the_deal"] = []
+    (out / "visible.json").write_text(json.dumps(frozen))
+    assert "grade_uses_the_deal: passes without exercise 10" in make_student.check(out, upto=10, solution=False)
+    frozen["tests"]["gae_values"][0] = frozen["tests"]["gae_of_whole_rows"][0]
+    assert make_student.outcomes(out).keys() > {"gae_values"}
 
 
 # --- Submissions --------------------------------------------------------------------------------------------------
@@ -474,9 +533,9 @@ def test_doing_nothing_scores_nothing(tmp_path, monkeypatch):
     states, true = [], grade.write
     monkeypatch.setattr(grade, "write", lambda path, results: (states.append(json.dumps(results)), true(path, results)))
     results = grade.grade([tmp_path / "student"], tmp_path / "results.json", say=lambda *_, **__: None)
-    assert len(states) == 11 and [state.count("cut off before") for state in states] == list(range(10, -1, -1))
-    assert results["score"] == 0 and scores(results) == [0] * 10
-    assert all(row["output"].startswith("not done: ") for row in results["tests"])
+    assert len(states) == 12 and [state.count("cut off before") for state in states] == list(range(11, -1, -1))
+    assert results["score"] == 0 and scores(results) == [0] * 11
+    assert all("not done: " in row["output"] for row in results["tests"])
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["output"] == ""  # nothing was changed around the exercises
 
@@ -501,16 +560,16 @@ def test_hostile_submissions_lose_one_exercise_and_the_rest_is_graded(tmp_path, 
         (7, "import os\nwhile True:\n    os.fork()"), (8, "return open('amft.py').read()"),
         (9, "raise NotImplementedError"))
     true = grade.in_process
-    monkeypatch.setattr(grade, "in_process", lambda e, sources, seeds, seconds, prefix: true(
-        e, sources, seeds, 4 if e["id"] == 2 else seconds, prefix=prefix))
-    some = None if SLOW else [1, 3, 6, 7, 8, 9, 10]  # two of them start a process
+    monkeypatch.setattr(grade, "in_process", lambda e, name, source, tests, seconds, prefix: true(
+        e, name, source, tests, 4 if e["id"] == 2 else seconds, prefix=prefix))
+    some = list(range(1, 11)) if SLOW else [1, 3, 6, 7, 8, 9, 10]  # two of them start a process
     results = grade.grade([submitted(tmp_path / "in", sources)], tmp_path / "results.json", only=some, say=lambda *_, **__: None)
     said = [row["output"] for row in results["tests"]]
     assert scores(results) == [0] * (len(said) - 1) + [4], said
-    assert all(len(text.splitlines()) <= 3 for text in said)
-    parts = ("import of sys is not allowed", "longer than 4 s", "700 MiB", "printing without end", "SystemExit",
+    assert all(len(text.splitlines()) <= 4 for text in said)
+    parts = ("import of sys is not allowed", "longer than 4 s", "more memory than", "printing without end", "SystemExit",
              "import of os is not allowed", "import of os is not allowed", "open is not allowed", "not done", "tests passed")
-    for number, text in zip(some or range(1, 11), said):
+    for number, text in zip(some, said):
         assert parts[number - 1] in text, text
 
 
@@ -531,52 +590,62 @@ REFUSED = [
 ]
 
 
+def refuse(body, function="step_sensitivity"):
+    """What check.py says of a body, if it says something."""
+    node = ast.parse("def f():\n" + "".join(f"    {line}\n" for line in body.splitlines())).body[0]
+    exercise = next(e for e in EXERCISES.values() if function in e["functions"])
+    check.refusal(node, f"{exercise['module']}.py", exercise["module"], function)
+
+
 @pytest.mark.parametrize("body", REFUSED)
 def test_bodies_that_are_refused(body):
     """A way to files, processes, other modules or the tests that refusal() does not see."""
-    with pytest.raises(grade.Refused, match="not allowed in a graded body"):
-        import torch
-        node = ast.parse("def f():\n" + "".join(f"    {line}\n" for line in body.splitlines()))
-        import amft
-        modules = {name: value for name, value in vars(amft).items() if isinstance(value, type(torch))}
-        grade.refusal(node.body[0].body, "amft.py", modules)
+    with pytest.raises(grade.Refused, match="not allowed in a graded body|is not there"):
+        refuse(body)
 
 
 FINE = [
     "import math\nreturn math.erf(1)", "from fractions import Fraction\nreturn Fraction(1)", "import itertools\nreturn list(itertools.product((1, 2)))",
-    "import torch.nn.functional as F\nreturn F.log_softmax(logits, -1)", "from torch.func import jvp\nreturn jvp", "return state._replace(step=1)",
-    "from torch import nn\nreturn nn.functional.softmax(logits)", "return torch.nn.functional.cross_entropy(a, b)", "p.grad = None",
-    "with torch.no_grad():\n    x = torch.zeros(3)", "return torch.autograd.grad(a, b)", "return torch.autograd.functional.jvp(f, x)",
-    "def helper(x):\n    nonlocal y\n    return x\ny = 1", "return [x for x in range(3) if x]", "print('hello')", "return json.loads(x)",
-    "return re.fullmatch('a', x)", "for _ in range(3): pass", "return x.copy()", "return torch.linalg.vector_norm(g)", "x.select(0, 1)",
-    "copy = x.clone()\nreturn copy", "id = 3\nreturn [id for _ in 'ab']", "return (lambda input: input)(1)", "return x.trace()",
+    "import torch.nn.functional as F\nreturn F.log_softmax(theta, -1)", "from torch.func import jvp\nreturn jvp", "return state._replace(step=1)",
+    "from torch import nn\nreturn nn.functional.softmax(theta)", "return torch.nn.functional.cross_entropy(theta, g_rl)", "p = theta\np.grad = None",
+    "with torch.no_grad():\n    x = torch.zeros(3)", "return torch.autograd.grad(theta, g_rl)", "return torch.autograd.functional.jvp(adamw, theta)",
+    "def helper(x):\n    nonlocal y\n    return x\ny = 1", "return [x for x in range(3) if x]", "print('hello')", "import json\nreturn json.loads('1')",
+    "import re\nreturn re.fullmatch('a', 'b')", "for _ in range(3): pass", "return theta.copy()", "return torch.linalg.vector_norm(theta)",
+    "theta.select(0, 1)", "copy = theta.clone()\nreturn copy", "id = 3\nreturn [id for _ in 'ab']", "return (lambda input: input)(1)", "return theta.trace()",
+    # What the handout lists and was refused once.
+    "return torch.nn.utils.parameters_to_vector(theta)", "import re\nreturn re.compile('a', re.IGNORECASE).fullmatch('b')",
+    "return torch.distributions.Categorical(logits=theta).entropy()", "import statistics\nreturn statistics.NormalDist().cdf(1.0)",
+    "return type(theta) is str", "from torch.distributions import Categorical\nreturn Categorical(logits=theta).log_prob(g_rl)",
+    "from functools import partial, reduce\nreturn partial(adamw, lr=1.0)", "from collections import Counter\nreturn Counter([1]).most_common()",
+    "try:\n    return mu\nexcept ZeroDivisionError as error:\n    raise ValueError(f'{error}')", "assert mu > 0, 'mu'", "return -theta[..., None].mT",
+    "while (n := len(how)) > 3: break\nreturn n", "return state.m * how['lr'], state.v, state.step", "return how.get('b1', 0.9)",
+    "return torch.finfo(theta.dtype).eps", "return AdamState(theta, theta, 1)", "return theta.new_tensor(mu).double().item()",
+    "from torch.nn.utils.rnn import pad_sequence\nreturn pad_sequence([theta])", "return ' '.join(map(str, [1])).strip()", "x: float = 1.0\nreturn x",
+    "import torch.autograd.forward_ad as fw\nwith fw.dual_level():\n    return fw.unpack_dual(fw.make_dual(theta, theta)).tangent",
+    "return torch.func.jacfwd(lambda m: m * theta)(mu)", "return torch.stack([theta, g_rl]).amax(0).clamp_min(0)", "return max(theta.tolist(), key=abs)",
 ]
 
 
 @pytest.mark.parametrize("body", FINE)
 def test_bodies_that_are_not_refused(body):
     """A refusal of what an honest answer may say."""
-    import amft
-    import tasks
-    node = ast.parse("def f():\n" + "".join(f"    {line}\n" for line in body.splitlines()))
-    modules = {name: value for module in (amft, tasks) for name, value in vars(module).items() if isinstance(value, type(ast))}
-    grade.refusal(node.body[0].body, "amft.py", modules)
+    refuse(body)
 
 
 # Bodies that were not refused, as if a way around the refusal had been found: what the process itself withstands.
 FORGE = """
 for fd in range(3, 40):
     try:
-        system["write"](fd, b'[true, "60 points"]')
+        system["write"](fd, b'{"answer": true, "changed": false}\\n' * 99)
     except OSError:
         pass
 system["_exit"](0)
 """
 UNCHECKED = [
-    (ESCAPE + "system['fork']()", "os.fork"), (ESCAPE + "system['_exit'](0)", "before there was a verdict"),
+    (ESCAPE + "system['fork']()", "os.fork"), (ESCAPE + "system['_exit'](0)", "before there was an answer"),
     (ESCAPE + "system['system']('true')", "os.system"), (ESCAPE + "system['kill'](1, 0)", "os.kill"),
-    (ESCAPE + "system['open']('amft.py', 0)", "opening amft.py"), (ESCAPE + FORGE, "before there was a verdict"),
-    ("import os", "import of os"), ("return open('amft.py')", "NameError"), ("return torch.ones(2 ** 30)", "700 MiB"),
+    (ESCAPE + "system['open']('amft.py', 0)", "opening amft.py"), (ESCAPE + FORGE, "a bool, expected a tensor"),
+    ("import os", "import of os"), ("return open('amft.py')", "NameError"), ("return torch.ones(2 ** 30)", "more memory than"),
     ("return torch.load('x')", "opening x"), ("torch.save(1, 'x')", "iostream error"),
     ("try:\n    torch.load('x')\nexcept BaseException: pass\nreturn logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)",
      "opening x"),
@@ -584,23 +653,77 @@ UNCHECKED = [
 ]
 
 
+def in_process(exercise, body, **how):
+    function = list(EXERCISES[exercise]["functions"])[0]
+    tests = grade.asked(EXERCISES[exercise], function, [0])
+    return grade.in_process(EXERCISES[exercise], function, answer(exercise, body)[EXERCISES[exercise]["module"]], tests, **how)
+
+
 @pytest.mark.parametrize("body, said", [pytest.param(*row, marks=slow) for row in UNCHECKED])
 def test_what_the_process_withstands(body, said):
     """A body that, unrefused, gets a verdict, a file or a process of its own."""
-    passed, message, measured = grade.in_process(EXERCISES[1], answer(1, body), [0], check=False)
+    passed, message, measured = in_process(1, body, checked=False)
     assert not passed and said in message, message
     assert measured["mib"] < 800
 
 
-def test_the_verdict_needs_its_word(monkeypatch):
-    """What is written without it is no verdict."""
-    import subprocess as real
-    class Said(real.Popen):
-        def __init__(self, command, **how):
-            super().__init__([sys.executable, "-c", "print('[true, \"60 points\"]')"], **how)
-    monkeypatch.setattr(grade.subprocess, "Popen", Said)
-    passed, message, _ = grade.in_process(EXERCISES[1], SOURCES, [0])
-    assert not passed and "before there was a verdict" in message
+# Attacks on what compares, each with a return that is no answer. Refused or not, they earn nothing.
+PATCHES = {
+    "update_wrapper": """
+from functools import update_wrapper
+from types import SimpleNamespace
+update_wrapper(torch.Tensor, SimpleNamespace(abs=lambda self: self.detach() * 0), assigned=("abs",), updated=())
+""",
+    "wraps": "import functools\nfunctools.wraps(gae, updated=('_' + '_globals_' + '_',))(gae)\n",
+    "le": "torch.Tensor.le = torch.Tensor.__le__ = lambda *a: torch.ones(1).bool()\n",
+    "equal": "torch.equal = torch.allclose = lambda *a, **k: True\n",
+    "near": "import verdict\nverdict.near = lambda *a: True\nverdict.judged = lambda *a: None\n",
+    "functional": "from torch import functional as TF\nTF.torch.Tensor.abs = lambda self: self * 0\n",
+    "fx": "from torch import fx\n", "numbers": "from fractions import numbers\nnumbers.ABCMeta('A', (), {})\n",
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_no_patch_of_what_compares_earns_points(name):
+    """functools.update_wrapper on torch.Tensor made every comparison true, as long as student code ran where it was made."""
+    body = PATCHES[name] + "return torch.zeros(1)"
+    passed, message = grade.judge(EXERCISES[4], answer(4, body), [0])
+    assert not passed and message.startswith("refused: amft.py, line ") and len(message.splitlines()) == 1, message
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "update_wrapper" else slow) for name in PATCHES])
+def test_nor_does_it_where_it_is_not_refused(name):
+    """As if the list had a hole: the body runs, with every import that it wants, and is judged elsewhere."""
+    body = PATCHES[name] + "return torch.zeros(1)"
+    passed, message, _ = in_process(4, body, checked=False)
+    assert not passed, message
+
+
+def test_what_is_no_plain_data_is_no_answer():
+    """A reply whose tensors lie about their bytes, or that is no reply, and passes or stops the grader."""
+    for data in ({"tensor": ["float64", [3], "AAAA"]}, {"tensor": ["float64", [-1], ""]}, {"tensor": ["object", [1], ""]},
+                 {"tensor": ["float64", [10 ** 9], ""]}, {"tensor": 3}, {"made": [1]}, {"set": []}, {"tuple": 1}, [], {"a": 1, "b": 2}):
+        with pytest.raises(ValueError):
+            verdict.unpacked(data)
+    tests = grade.asked(EXERCISES[4], "gae", [0])
+    for line in (b"{}", b"[]", b"1e999", b'{"answer": ' + b"[" * 9999 + b"]" * 9999 + b"}", b'{"answer": NaN}', b'{"answer": {"tuple": [null, 3]}}',
+                 b'{"answer": {"tuple": [{"tensor": ["float64", [1], "x"]}, 1]}}', b"9" * 9999, b'{"error": 3}', b"\xff"):
+        passed, message = grade.told(tests, grade.replies_of((line + b"\n") * 9), "it ended")
+        assert not passed and message
+    import torch
+    for value in (torch.randn(2, 3), torch.zeros(0, 4), torch.ones(3).bfloat16(), torch.tensor(3), (1, 2.5, "x", None, [True]), {"a": 1}):
+        again = verdict.unpacked(json.loads(json.dumps(verdict.packed(value))))
+        assert torch.equal(again, value) and again.dtype == value.dtype if isinstance(value, torch.Tensor) else again == value
+
+
+def test_the_process_with_student_code_has_no_answers():
+    """A reference's body, or the cases, in the process where a student's body runs: what stands there can be found."""
+    code = (f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]; import grade; "
+            "module = grade.emptied('amft', ['adamw', 'adamw_step']); grade.check.modules(); grade.check.attributes(); "
+            "assert 'cases' not in sys.modules and 'test_exercises' not in sys.modules; "
+            "assert len(module.adamw.__code__.co_names) == 1 and len(module.gae.__code__.co_names) > 3")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_a_submission_may_look_like(tmp_path):
@@ -632,6 +755,92 @@ def test_what_a_submission_may_look_like(tmp_path):
     assert grade.remarks(answer(4, "return None"), list(EXERCISES.values())) == []
 
 
+def test_two_files_of_one_name(tmp_path):
+    """One of two amft.py that is graded in silence: the bug hunt's folder holds one, too."""
+    submitted(tmp_path / "top", SOURCES)
+    submitted(tmp_path / "top" / "hunt", {"amft": "x = 1"})
+    sources, notes = grade.read_submission([tmp_path / "top"])
+    assert sources == SOURCES and notes == ["amft.py: the one at the top was read, not hunt/amft.py"]
+    submitted(tmp_path / "deep" / "mine", SOURCES)
+    submitted(tmp_path / "deep" / "hunt", {"amft": "x = 1"})
+    sources, notes = grade.read_submission([tmp_path / "deep"])
+    assert sources == {name: SOURCES[name] for name in ("tasks", "toy")} and "there are 2, and none was read: hunt/amft.py, mine/amft.py" in notes[0]
+    results = grade.grade([tmp_path / "deep"], tmp_path / "r.json", only=[4], say=lambda *_, **__: None)
+    assert results["score"] == 0 and "no amft.py was read" in results["tests"][0]["output"] and notes[0] in results["output"]
+
+
+LONG = {"minus": "return " + "-" * 3000 + "1", "sum": "return " + "+".join(["1"] * 20000), "brackets": "return " + "(" * 5000 + ")" * 5000,
+        "lines": "x = 1\n" * 9000, "lists": "return " + "[" * 90 + "]" * 90, "ifs": "\n".join(" " * i + "if mu:" for i in range(99)),
+        "calls": "return torch" + ".abs()" * 3000, "strings": "return " + "'a' " * 9000}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_what_python_can_hardly_read_costs_one_exercise(name):
+    """A body whose tree exhausts the parser, the walk or the compiler, and takes the other exercises with it."""
+    sources = answer(3, LONG[name])
+    try:
+        node = grade.find(sources["amft"], "amft.py", "group_advantages")
+        check.refusal(node, "amft.py", "amft", "group_advantages")
+    except grade.Refused as error:
+        assert re.match(r"(refused: )?amft.py, (from )?line \d+: ", str(error)), error
+    assert ast.dump(grade.find(sources["amft"], "amft.py", "gae")) == ast.dump(functions(SOURCES["amft"])["gae"])
+    assert grade.remarks(sources, list(EXERCISES.values())) in ([], [
+        "amft.py: Python cannot read the whole file; each function was read alone"])
+
+
+def test_the_line_of_a_syntax_error_is_the_files():
+    """A line that is counted from the function's first."""
+    lines = SOURCES["amft"].splitlines()
+    at = next(i for i, line in enumerate(lines) if "ratio = (logps - old_logps).exp()" in line)
+    lines[at] = "    ratio = = 3"
+    lines[2] = "    this is no Python either"
+    with pytest.raises(grade.Refused, match=f"amft.py, line {at + 1}: Python cannot read"):
+        grade.find("\n".join(lines), "amft.py", "ppo_loss")
+    source = SOURCES["tasks"].replace("used, value = parse(expression)", "used, value = = parse(expression)")
+    at = next(i for i, line in enumerate(source.splitlines(), 1) if "= = parse" in line)
+    with pytest.raises(grade.Refused, match=f"tasks.py, line {at}: Python cannot read"):
+        grade.find(source, "tasks.py", "Deal.grade")
+
+
+def test_one_function_of_two_has_its_own_points(tmp_path):
+    """All of an exercise lost by one of its two functions."""
+    sources = answer(2, "return logps.sum()")
+    results = grade.grade([submitted(tmp_path / "in", sources)], tmp_path / "r.json", only=[2], say=lambda *_, **__: None)
+    (row,) = results["tests"]
+    assert row["score"] == 2 and "sft_loss (0 of 2): sft_loss_values" in row["output"] and "implicit_reward (2 of 2)" in row["output"]
+
+
+def test_check_says_what_the_grader_would(tmp_path):
+    """A body that is refused although the student's own check let it through, or the other way about; a line that is not
+    the file's."""
+    make_student.make(tmp_path / "student", upto=12)
+    sources = merged((4, "x = 1\nreturn open('x')"), (3, "return r"), (10, "import os"))
+    submitted(tmp_path / "student", sources)
+    done = python(tmp_path / "student", "check.py")
+    said = {line.partition(":")[0].split(", ")[1]: line.partition(": ")[2] for line in done.stdout.splitlines()}
+    assert done.returncode == 1 and len(said) == len([name for e in EXERCISES.values() for name in e["functions"]]), done.stderr
+    for e in EXERCISES.values():
+        for name in e["functions"]:
+            assert (check.verdict_on(sources[e["module"]], e, name) or "may be handed in") == said[name]
+    line = next(i for i, text in enumerate(sources["amft"].splitlines(), 1) if "return open('x')" in text)
+    assert said["gae"] == f"refused: amft.py, line {line}: open is not allowed in a graded body"
+    assert "the name r is not there" in said["group_advantages"] and "import of os" in said["Deal.grade"]
+
+
+REFERENCES = "logp_rows differences gae_by_definition step_by_loop update_by_hand sensitivity_by_complex_step value_of".split()
+
+
+def test_what_is_handed_out_computes_no_answer(tmp_path):
+    """The slow references of the tests, which were worth 29 points pasted into the bodies."""
+    make_student.make(tmp_path / "student")
+    for path in (tmp_path / "student").glob("*.*"):
+        if path.suffix in (".py", ".json") and path.name not in ("amft.py", "tasks.py"):
+            text = path.read_text()
+            assert not [name for name in REFERENCES if f"def {name}" in text], path.name
+    code = "import verdict; print(sorted(name for name in vars(verdict) if callable(getattr(verdict, name)) and name[0] != '_'))"
+    assert "_by_" not in python(tmp_path / "student", "-c", code).stdout
+
+
 def test_a_grader_that_runs_out_of_time_says_so(tmp_path):
     """Exercises that are failed in silence when the time of all is over."""
     results = grade.grade([submitted(tmp_path / "in", answers())], tmp_path / "results.json", total=1, say=lambda *_, **__: None)
@@ -639,9 +848,52 @@ def test_a_grader_that_runs_out_of_time_says_so(tmp_path):
 
 
 def test_helpers_outside_are_said_to_be_out_of_reach():
-    """A NameError that does not say why a helper is not there."""
-    passed, message = grade.judge(EXERCISES[4], answer(4, "return my_helper(rewards)"), [0])
-    assert not passed and "put helpers and imports inside" in message and "amft.py, line" in message
+    """A name that is not there, and no word of why; also an argument that was given another name."""
+    passed, message = grade.judge(EXERCISES[4], answer(4, "return r, my_helper(rewards)"), [0])
+    assert not passed and "the name r is not there: the signature is the reference's, (rewards, values, mask" in message
+    assert "helpers and imports go inside the body" in message and "amft.py, line" in message
+
+
+RUN = dict(mu=0.5, eta_mu=0.05, eta_h=0.1, trace=0.9, warmup=2, meta_every=2)
+
+
+def forged(change):
+    """What the grader says of a log of the solution that was changed by hand."""
+    import torch
+    import toy
+    world = toy.World("cases 3")
+    log, theta = toy.learn(world, 3, toy.settings(**RUN), 14)
+    answer = verdict.unpacked(json.loads(json.dumps(verdict.packed(change(log, theta, torch)))))
+    try:
+        cases.relations_of("cases 3", RUN, 14, -1.0)(answer)
+    except verdict.Wrong as error:
+        return str(error)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+FORGED = {  # a log's change, and the relation that it breaks
+    "as it was": (lambda log, theta, torch: (log, theta), None),
+    "end": (lambda log, theta, torch: (log, theta + 1e-3), "theta after step 14"),
+    "mu": (lambda log, theta, torch: ([row._replace(mu=row.mu + 1e-4) if row.t == 6 else row for row in log], theta), "theta after step 6"),
+    "one mu": (lambda log, theta, torch: ([row._replace(mu=0.5) for row in log], theta), "theta after step 1"),
+    "gradient": (lambda log, theta, torch: ([row._replace(g_rl=-row.g_rl) for row in log], theta), "theta after step 3"),
+    "entropy": (lambda log, theta, torch: ([row._replace(entropy=row.entropy + 0.1) for row in log], theta), "the entropy is not"),
+    "scale": (lambda log, theta, torch: ([row._replace(scale=2 * row.scale) for row in log], theta), "row 4: the estimate on the step's own"),
+    "estimates": (lambda log, theta, torch: ([row._replace(estimates=[]) for row in log], theta), "estimates, expected"),
+    "evidence": (lambda log, theta, torch: ([row._replace(evidence=(1.0, 1.0)) for row in log], theta), "Eq. 6 gives"),
+    "start": (lambda log, theta, torch: ([row._replace(theta=row.theta + 1) for row in log], theta + 1), "row 1: theta is not where"),
+    "nan": (lambda log, theta, torch: ([row._replace(theta=row.theta / 0) for row in log], theta), "finite"),
+    "short": (lambda log, theta, torch: (log[:-1], theta), "a list of 14 rows"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_log_that_is_made_up_breaks_a_relation(name):
+    """A log that no run of Algorithm 1 has written, and passes."""
+    change, said = FORGED[name]
+    found = forged(change)
+    assert found is None if said is None else said in (found or ""), found
 
 
 def test_arguments_are_not_to_be_changed():
@@ -683,4 +935,4 @@ def test_the_solution_scores_everything_by_gradescopes_own_script(tmp_path):
     (tmp_path / "submission_metadata.json").write_text('{"users": [{"id": 7, "sid": "jdoe", "name": "J. Doe"}]}')
     subprocess.run(["bash", HERE / "gradescope" / "run_autograder"], check=True, env={**os.environ, "AUTOGRADER": str(tmp_path)})
     results = json.loads((tmp_path / "results" / "results.json").read_text())
-    assert results["score"] == 60 and all(row["status"] == "passed" for row in results["tests"])
+    assert results["score"] == 74 and all(row["status"] == "passed" for row in results["tests"])

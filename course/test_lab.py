@@ -19,6 +19,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import bughunt  # noqa: E402
+import leaderboard  # noqa: E402
 import toy  # noqa: E402
 rules = bughunt.rules
 
@@ -209,6 +210,75 @@ def test_wrong_submissions_have_none(handed_out):
         assert said in test["output"], test
 
 
+TELLTALE = [  # what could tell two files apart without knowing a bug
+    "assert '{0.__code__.co_names}'.format(amft.gae) == 'x'", "assert ('{0._' + '_code_' + '_}').format(amft.gae)",
+    "assert amft.gae.__code__.co_code", "assert f'{amft.gae.__code__}'", "assert pytest.importorskip('inspect').getsource(amft.gae)",
+    "assert numpy.fromfile('amft.py', 'uint8').sum() == 3", "assert numpy.loadtxt('amft.py')", "assert random._os.listdir()",
+    "with pytest.raises(ValueError) as e:\n        amft.gae()\n    assert e.traceback[0].frame", "assert torch.load('amft.py')",
+    "assert functools.update_wrapper(types.SimpleNamespace(), amft.gae)", "assert amft.sys.modules", "assert json.codecs.open('amft.py')",
+    "def f(*, a=amft.gae): pass\n    assert f.co_names", "assert types.FunctionType(amft.gae)", "assert amft.Path('amft.py')",
+    "assert itertools.sys", "assert torch.package", "assert getattr(amft, 'gae')", "assert numpy.lib.npyio", "assert dataclasses.inspect",
+]
+
+
+@pytest.mark.parametrize("line", TELLTALE)
+def test_a_test_cannot_look_at_the_code(line):
+    """A text that compares a function's own code scored three bugs of five without knowing them."""
+    text = f"import amft, tasks, torch, numpy, pytest, random, json, itertools, functools, types, dataclasses\ndef test():\n    {line}\n"
+    assert "may not" in bughunt.refused(text, 15), line
+
+
+def test_a_leaderboard_entry_sets_the_algorithm_alone(tmp_path):
+    """An entry with a task, a start or a folder of its own; the shipped file."""
+    most, entries = leaderboard.read(HERE / "leaderboard.toml")
+    assert most == 8000 and len(entries) >= 2 and entries[0]["flags"] == ""
+    for flags in ("--model x", "--out /tmp/x", "--task virl", "--data x.py", "steps 3", "--steps", "--lr 1;2", "--device cuda", "--seed 3"):
+        text = f'responses = 1\n[[entry]]\nname = "a"\nflags = "{flags}"\nseed = 1\nclaim = 0.5\nat = 0.1\n'
+        (tmp_path / "l.toml").write_text(text)
+        with pytest.raises(ValueError, match="no flag"):
+            leaderboard.read(tmp_path / "l.toml")
+
+
+@slow
+def test_a_leaderboard_entry_is_run_again(monkeypatch):
+    """A claim that is taken at its word, or more responses than are allowed."""
+    monkeypatch.setattr(leaderboard, "TEMPERATURES", (0.1,))
+    entry = dict(name="a", flags="--steps 2 --prompts 2 --samples 2 --sft-batch 4 --demos 9 --warmup 0", seed=1, claim=0.999, at=0.1)
+    success, temperature, responses, wrong = leaderboard.check(entry, 99, eval_n=5)
+    assert temperature == 0.1 and responses >= 8 and wrong == "claims 0.999" and 0 <= success < 1
+    assert "at most 1" in leaderboard.check({**entry, "claim": success}, 1, eval_n=5)[3]
+
+
+HONEST = [
+    "model, tokenizer = amft.load_policy(amft.Config(device='cpu'), tasks.GeneralPoints(), amft)\n    assert model.config.vocab_size > 3",
+    "torch.manual_seed(0)\n    assert torch.allclose(amft.gae(*[torch.ones(1, 2)] * 3)[0], torch.zeros(1, 2))",
+    "rng = random.Random(3)\n    assert numpy.mean([rng.random() for _ in range(9)]) == pytest.approx(0.5, abs=0.4)",
+    "amft.rollout = lambda *a, **k: None\n    assert amft.rollout() is None", "with pytest.raises(ValueError):\n        tasks.parse('1+')",
+    "class Fake(torch.nn.Module):\n        def __init__(self):\n            super().__init__()\n            self.seen = 3\n    assert Fake().seen == 3",
+    "c = types.SimpleNamespace(eta_mu=1.0, odd=2)\n    assert c.odd == 2 and dataclasses.replace(amft.Config(), mu=0.1).mu == 0.1",
+    "x = torch.zeros(3, requires_grad=True)\n    x.sum().backward()\n    torch.testing.assert_close(x.grad, torch.ones(3))",
+]
+
+
+@pytest.mark.parametrize("line", HONEST)
+def test_honest_tests_are_not_refused(line):
+    text = f"import amft, tasks, torch, numpy, pytest, random, types, dataclasses\ndef test():\n    {line}\n"
+    assert bughunt.refused(text, 15) is None, bughunt.refused(text, 15)
+
+
+def test_a_folder_without_logs_speaks_of_none(handed_out):
+    """A README that describes logs which --no-logs does not make."""
+    text = (handed_out / "ada" / "README.md").read_text()
+    assert "logs" not in text and not (handed_out / "ada" / "logs").exists()
+    assert "logs/right1.jsonl" in bughunt.ABOUT.format(student="ada", logs=bughunt.LOGS)
+
+
+def test_git_does_not_see_what_is_secret():
+    """A public fork that publishes the grader's secret, or an instructor's own bugs."""
+    for name in ("course/gradescope/secret", "course/private.py"):
+        assert subprocess.run(["git", "check-ignore", "-q", name], cwd=HERE.parent).returncode in (0, 128), name
+
+
 def test_every_command_in_the_texts_names_a_file_and_a_flag_that_are_there():
     """A text that names a question, a file or a folder that students do not have."""
     for name in ("written.md", "answers.md", "handout.md"):
@@ -219,4 +289,4 @@ def test_every_command_in_the_texts_names_a_file_and_a_flag_that_are_there():
         assert f"python toy.py {question}" in (HERE / "written.md").read_text()
     for name in ("written.md", "handout.md"):  # what students read names no folder that they do not have
         text = (HERE / name).read_text()
-        assert "course/" not in text and set(re.findall(r"python ([\w/]+\.py)", text)) <= {"toy.py", "amft.py"}
+        assert "course/" not in text and set(re.findall(r"python ([\w/]+\.py)", text)) <= {"toy.py", "amft.py", "check.py"}

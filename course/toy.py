@@ -21,6 +21,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -292,21 +293,47 @@ def lam(world, short=False):
     return out
 
 
-def learn(world, seed, mu, controller, steps, lr=0.02):
-    """(U at the end, mu at each step) of one run: AMFT from mu, or mu fixed."""
-    config = settings(eta_mu=0.05 if controller else 0.0, eta_h=0.0, trace=0.9, mu=mu)
+class Row(NamedTuple):
+    """A step of Algorithm 1, as its log has it."""
+    t: int  # from 1
+    theta: torch.Tensor  # (N,), before the step
+    g_rl: torch.Tensor  # (N,), of Eq. 1
+    g_sft: torch.Tensor  # (N,), of Eq. 2
+    mu: float  # that the step was taken with
+    entropy: float  # of the step's samples
+    scale: float  # of their advantages
+    estimates: list  # the step's new pairs (dU/dmu, its standard error)
+    evidence: tuple  # after them
+
+
+def learn(world, seed, config, steps, lr=0.02):
+    """Algorithm 1 in this world: (its log, a list with a Row for each step; theta after the last step)."""
     world.generator.manual_seed(seed)
-    theta, state, sensitivity, evidence, path = world.start, fresh(world.start), None, (0.0, 0.0), []
-    for _ in range(steps):
+    theta, state = world.start, fresh(world.start)
+    mu, evidence, target, sensitivity, log = config.mu, (0.0, 0.0), None, None, []
+    for t in range(1, steps + 1):
         g_rl, g_sft, seen, scale = world.gradients(theta, config)
-        if controller and sensitivity:
-            estimates = [amft.meta_gradient(world.model, sensitivity[0], world.rollouts(theta, 8, 4), config),
-                         amft.own_meta_gradient(g_rl, sensitivity[0], seen.batch, scale)]
-            mu, evidence, _ = amft.update_mu(mu, seen.entropy, seen.entropy, estimates, evidence, config)
-        path.append(mu)
-        sensitivity = amft.step_sensitivity(theta, g_rl, g_sft, mu, state, sensitivity, config.trace, lr=lr)
-        theta, state = amft.adamw_step(theta, (1 - mu) * g_rl + mu * g_sft, state, lr=lr)
-    return world.utility(theta).item(), path
+        estimates = []
+        if t > config.warmup:
+            target = seen.entropy if target is None else target
+            if sensitivity and config.eta_mu:
+                estimates.append(amft.own_meta_gradient(g_rl, sensitivity[0], seen.batch, scale))
+                if (t - config.warmup) % config.meta_every == 0:
+                    val = world.rollouts(theta, 8, 4)
+                    estimates.append(amft.meta_gradient(world.model, sensitivity[0], val, config))
+            mu, evidence, _ = amft.update_mu(mu, seen.entropy, target, estimates, evidence, config)
+            sensitivity = amft.step_sensitivity(theta, g_rl, g_sft, mu, state, sensitivity, config.trace, lr=lr)
+        taken = mu if t > config.warmup else 1.0
+        log.append(Row(t, theta, g_rl, g_sft, taken, seen.entropy, scale, estimates, evidence))
+        theta, state = amft.adamw_step(theta, (1 - taken) * g_rl + taken * g_sft, state, lr=lr)
+    return log, theta
+
+
+def run(world, seed, mu, controller, steps):
+    """(U at the end, mu at each step) of one run: AMFT from mu, or mu fixed."""
+    config = settings(eta_mu=0.05 if controller else 0.0, eta_h=0.0, trace=0.9, mu=mu, warmup=0, meta_every=1)
+    log, theta = learn(world, seed, config, steps)
+    return world.utility(theta).item(), [row.mu for row in log]
 
 
 def starts(world, short=False):
@@ -316,7 +343,7 @@ def starts(world, short=False):
           f"{100 * EXPERT:.0f}% of its demonstrations")
     for controller in (True, False):
         for mu in (0.1, 0.5, 0.9):
-            runs = [learn(world, seed, mu, controller, steps) for seed in range(1, seeds + 1)]
+            runs = [run(world, seed, mu, controller, steps) for seed in range(1, seeds + 1)]
             ends[controller, mu] = torch.tensor([u for u, _ in runs])
             last = torch.tensor([path[-1] for _, path in runs])
             line = f"{'AMFT from' if controller else 'fixed'} mu {mu}: U at the end {ends[controller, mu].mean():.3f}"
