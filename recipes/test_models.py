@@ -632,3 +632,22 @@ def test_log_probabilities_of_bf16_are_float32(checkpoint, rewarded):
     exact = (logits.double() / 0.7).log_softmax(-1)
     exact = exact.gather(-1, batch.responses.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(temperate.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_ratio_is_1_whatever_is_rounded(checkpoint, rewarded, monkeypatch):
+    """PPO's ratio against the log-probabilities of sampling, which bfloat16 rounds differently; or
+    one that changes with the size of a pass."""
+    gpu = importlib.import_module("benchmarks.gpu")
+    ratios, exp = [], torch.Tensor.exp
+    for bf16, most in ((0, 1e-4), (1, 0.5)):
+        model, tokenizer, task, config = loaded(checkpoint("qwen3"), bf16=bf16, micro_tokens=60)
+        episodes = [task.sample("train", random.Random(i)) for i in range(4)]
+        sampling, parts = gpu.first_ratios(model, tokenizer, episodes, 3, 30, 60)
+        assert 0 < (sampling - 1).abs().max() < most
+        assert (parts - 1).abs().max() < most / 5
+        rollouts = sampled(model, tokenizer, task, 3, 20)
+        advantages = amft.Advantages(torch.ones_like(rollouts.batch.response_mask), 1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "exp", lambda x: ratios.append(exp(x)) or ratios[-1])
+            amft.rl_gradient(model, rollouts.batch, advantages, config)
+    assert ratios and all((ratio == 1).all() for ratio in ratios)
