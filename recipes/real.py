@@ -7,10 +7,10 @@
     python recipes/real.py --model runs/smollm2 --search                # learning rates, by val, on a seed of their own
     python recipes/real.py --model runs/smollm2 --list                  # the commands, without running them
 
-Each method is a run of amft.py in a process of its own, into OUT/METHOD-SEED. What is finished is skipped, what was cut
-off goes on from its last state, so this may be stopped and started at will; --minutes stops it by itself. It ends with a
-table of success in percent, in and out of distribution (OUT/table.md), and a figure of success and mu over the
-responses sampled (OUT/real.png). Figures from one seed are a lead, not a result.
+Each method is a run of amft.py in a process of its own, into OUT/METHOD-SEED. What is finished is skipped, what was
+cut off goes on from its last state, so this may be stopped and started at will; --minutes stops it by itself. It ends
+with a table of success in percent, in and out of distribution (OUT/table.md), and a figure of success and mu over the
+steps (OUT/real.png). Figures from one seed are a lead, not a result.
 
 The budget: --responses are sampled by each method that samples, the controller's own on val included, so AMFT takes
 fewer steps of RL. SFT samples none and gets as many steps as RL after the warm-up. Learning rates are those of LR until
