@@ -1,5 +1,5 @@
 """What one GPU does: 128 replies of 100 tokens by a policy of SmolLM2-135M's shape, beside the least that memory
-allows; then seconds a step and peak memory of the default run, and of random weights in the shape of Qwen2.5-0.5B.
+allows; what rounding does to PPO's ratio; then seconds a step and peak memory of the default run, and of random weights in the shape of Qwen2.5-0.5B.
 
     python benchmarks/gpu.py                         # needs a GPU of 24 GB
     python benchmarks/gpu.py --only sampling --model FOLDER    # 128 x 100 tokens of a checkpoint, alone
@@ -137,6 +137,51 @@ def kernels(model, ids, tokens):
     return groups
 
 
+# --- Rounding ---
+def first_ratios(model, tokenizer, episodes, samples, tokens, micro_tokens):
+    """PPO's ratios before any update, 1 but for rounding: (training / sampling, training / training in passes of
+    micro_tokens), each of all sampled tokens (n,)."""
+    drawn, draw = [], amft.draw
+
+    def spy(probabilities):
+        token = draw(probabilities)
+        drawn.append(probabilities.gather(1, token.unsqueeze(1)).squeeze(1).log())
+        return token
+    record = dict(capture.RECORD)
+    capture.RECORD.clear()  # a replay does not call draw
+    amft.draw = spy
+    try:
+        batch = amft.rollout(model, tokenizer, episodes, samples, tokens).batch
+    finally:
+        amft.draw = draw
+        capture.RECORD.update(record)
+    columns = batch.response_mask.any(0)  # a draw was made for each of these; the task wrote the others
+    own = batch.response_mask[:, columns].bool()
+    with torch.no_grad():
+        at_once = amft.logps_of(model, batch)
+        passes = amft.micro_batches(batch, batch.response_mask, micro_tokens)
+        in_parts = torch.cat([amft.logps_of(model, batch.rows(rows)) for rows in passes])
+    trained = at_once[:, columns][own]
+    sampled_then = torch.stack(drawn, 1)[own]
+    return (trained - sampled_then).exp(), (trained - in_parts[:, columns][own]).exp()
+
+
+def rounding(args):
+    """Print how many tokens have a ratio outside 1 +- 0.1 before the first update, in bfloat16 and in float32."""
+    task = amft.TASKS["math"]()
+    for bf16 in (1, 0):
+        config = amft.Config(task="math", model=args.model or "base", device=args.device, bf16=bf16,
+                             max_new_tokens=args.tokens)
+        model, tokenizer = amft.load_policy(config, task, amft)
+        torch.manual_seed(0)
+        episodes = task.training(args.conversations // 8 or 1, random.Random(0))
+        both = first_ratios(model, tokenizer, episodes, 8, args.tokens, 512)
+        for name, ratio in zip(("sampling", f"passes of {512} tokens"), both):
+            outside = ((ratio - 1).abs() > 0.1).float().mean().item()
+            print(f"{model.dtype}, training against {name}: {outside:.3%} of {len(ratio)} tokens have a ratio outside "
+                  f"1 +- 0.1; the largest |log ratio| is {ratio.log().abs().max().item():.3f}")
+
+
 def sampling(args):
     """Print how long B replies of n tokens take, and what a step's time is spent on."""
     shape = dict(TINY, kv_heads=1) if args.tiny else SMOLLM2
@@ -195,7 +240,7 @@ def arguments():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--steps", type=int, default=3, help="at least 2: the first warms up")
     parser.add_argument("--device", default="auto", help="auto: the first here of cuda, mps, cpu")
-    parser.add_argument("--only", choices=("sampling", "memory"), help="one of the two parts")
+    parser.add_argument("--only", choices=("sampling", "rounding", "memory"), help="one of the parts")
     parser.add_argument("--model", help="a checkpoint to sample from, in place of random weights")
     parser.add_argument("--conversations", type=int, default=128, help="to sample side by side")
     parser.add_argument("--tokens", type=int, default=100, help="of each reply")
@@ -209,18 +254,17 @@ def arguments():
         parser.error(str(error))
     if args.tiny:
         vars(args).update(TINY)
-    elif args.device == "cpu" and args.only != "sampling":
-        parser.error("no GPU here: --tiny shows that this runs, and --only sampling what a CPU does")
+    elif args.device == "cpu" and args.only not in ("sampling", "rounding"):
+        parser.error("no GPU here: --tiny shows that this runs, and --only sampling or rounding what a CPU does")
     return args
 
 
 def main():
     args = arguments()
     print(where(args.device), time.strftime("%Y-%m-%d"), sep=", ")
-    if args.only != "memory":
-        sampling(args)
-    if args.only != "sampling":
-        memory(args)
+    for part in (sampling, rounding, memory):
+        if args.only in (None, part.__name__):
+            part(args)
 
 
 def memory(args):

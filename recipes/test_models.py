@@ -473,6 +473,86 @@ def test_a_template_that_writes_responses_otherwise_is_refused(
     assert error in fails([*argv, "--model", tmp_path / "other"], capsys)
 
 
+OPENS = CHATML.replace("{{ m.content }}", "{{ thought }}{{ m.content }}")
+THOUGHT = "{% if m.role == 'assistant' %}{% set thought = '<think>\n' %}{% else %}{% set thought = '' %}{% endif %}"
+CLOSES = {  # by which word a template closes the thought that it opens before every response
+    "field": "{% if m.reasoning_content is string %}{% set thought = thought + m.reasoning_content + '\n</think>\n\n' %}{% endif %}",
+    "word": "{% if enable_thinking is defined and not enable_thinking %}{% set thought = thought + '\n</think>\n\n' %}{% endif %}",
+    "own": "{% if m.role == 'assistant' and quiet is defined %}{% set thought = '' %}{% endif %}",
+    "never": ""}
+
+
+def thinking(how):
+    """A template whose response begins in a thought, which it closes if it is told how."""
+    closing = CLOSES[how]
+    if how == "word":
+        closing = "{% if m.role == 'assistant' %}" + closing + "{% endif %}"
+    return OPENS.replace("<|im_start|>", THOUGHT + closing + "<|im_start|>", 1)
+
+
+@pytest.mark.parametrize("how", CLOSES)
+def test_demonstrations_are_no_thoughts(how, checkpoint, tmp_path, capsys, untrained):
+    """A response that is learned inside a <think> which stays open."""
+    shutil.copytree(checkpoint("qwen2"), tmp_path / "thinks")
+    (tmp_path / "thinks" / "chat_template.jinja").write_text(thinking(how))
+    settings = dict(chat_template_kwargs='{"quiet": true}') if how == "own" else {}
+    if how == "never":
+        argv = ["--device", "cpu", "--max-new-tokens", "60", "--out", tmp_path / "run"]
+        assert "opens a <think>" in fails([*argv, "--model", tmp_path / "thinks"], capsys)
+        argv += ["--chat-template-kwargs", "quiet"]
+        assert "is not a JSON object" in fails([*argv, "--model", tmp_path / "thinks"], capsys)
+        return
+    model, tokenizer, task, _ = loaded(tmp_path / "thinks", **settings)
+    batch = amft.encode_demos(model, tokenizer, [slipping(task)])
+    said = tokenizer.decode(row_of(batch, 0)[0])
+    thoughts = 0 if how == "own" else 2
+    assert said.count("<think>\n") == said.count("\n</think>\n\n") == thoughts
+    sampled(model, tokenizer, task, 2, 4)
+
+
+def test_a_template_is_not_told_todays_date(checkpoint, tmp_path):
+    """The same seed, and another log tomorrow."""
+    shutil.copytree(checkpoint("llama"), tmp_path / "dated")
+    dated = "Today is {% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}. " + HEADERS
+    (tmp_path / "dated" / "chat_template.jinja").write_text(dated)
+    model, tokenizer, task, _ = loaded(tmp_path / "dated", max_new_tokens=80)
+    prompt = tokenizer.decode(amft.encode_text(model, tokenizer, single(task).prompt))
+    assert "Today is 26 Jul 2024. " in prompt
+
+
+def test_a_mixtures_router_is_not_asked(checkpoint, tmp_path):
+    """output_router_logits, as Mixtral's and Qwen3-MoE's configurations may have it."""
+    shutil.copytree(checkpoint("moe"), tmp_path / "moe")
+    settings = json.loads((tmp_path / "moe" / "config.json").read_text())
+    settings["output_router_logits"] = True
+    (tmp_path / "moe" / "config.json").write_text(json.dumps(settings))
+    model, tokenizer, task, config = loaded(tmp_path / "moe")
+    batch = sampled(model, tokenizer, task, 2, 4).batch
+    assert not model.config.output_router_logits
+    assert amft.logps_of(model, batch).shape == batch.response_mask.shape
+
+
+def test_a_refusal_names_the_kind_of_attention(bpe, tmp_path, capsys, untrained):
+    """Linear attention and ALiBi: refused for numbers that differ, without a word of why."""
+    argv = ["--device", "cpu", "--max-new-tokens", "60", "--out", tmp_path / "run", "--model"]
+    tokenizer = tokenizer_of("plain", bpe)
+    ids = dict(vocab_size=len(tokenizer) + 13, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+    models = {
+        "linear attention": transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(
+            **SIZES, **ids, head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+            linear_num_value_heads=4, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+            shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"])),
+        "ALiBi": transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=24, n_layer=2, n_head=4, **ids))}
+    for kind, model in models.items():
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        folder = tmp_path / kind
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        error = fails([*argv, folder], capsys)
+        assert kind in error and "not supported" in error
+
+
 def test_a_tokenizer_whose_space_the_template_lacks_is_refused(
         sentencepiece, tmp_path, capsys, untrained):
     """SentencePiece, and a response that begins a line: as it is encoded a space would be there."""
@@ -635,3 +715,22 @@ def test_log_probabilities_of_bf16_are_float32(checkpoint, rewarded):
     exact = (logits.double() / 0.7).log_softmax(-1)
     exact = exact.gather(-1, batch.responses.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(temperate.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_ratio_is_1_whatever_is_rounded(checkpoint, rewarded, monkeypatch):
+    """PPO's ratio against the log-probabilities of sampling, which bfloat16 rounds differently; or
+    one that changes with the size of a pass."""
+    gpu = importlib.import_module("benchmarks.gpu")
+    ratios, exp = [], torch.Tensor.exp
+    for bf16, most in ((0, 1e-4), (1, 0.5)):
+        model, tokenizer, task, config = loaded(checkpoint("qwen3"), bf16=bf16, micro_tokens=60)
+        episodes = [task.sample("train", random.Random(i)) for i in range(4)]
+        sampling, parts = gpu.first_ratios(model, tokenizer, episodes, 3, 30, 60)
+        assert 0 < (sampling - 1).abs().max() < most
+        assert (parts - 1).abs().max() < most / 5
+        rollouts = sampled(model, tokenizer, task, 3, 20)
+        advantages = amft.Advantages(torch.ones_like(rollouts.batch.response_mask), 1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "exp", lambda x: ratios.append(exp(x)) or ratios[-1])
+            amft.rl_gradient(model, rollouts.batch, advantages, config)
+    assert ratios and all((ratio == 1).all() for ratio in ratios)

@@ -338,3 +338,44 @@ def test_the_longest_solution_need_not_fit_where_it_is_only_evaluated(checkpoint
     task = problems.OwnProblems(data_test=write(tmp_path / "test.jsonl", rows))
     config = amft.Config(device="cpu", model=checkpoint, task="math", max_new_tokens=120)
     loading.load_policy(config, task, amft)
+
+
+# --- reasoning-gym --------------------------------------------------------------------------------
+
+
+def test_reasoning_gyms_verifiers_judge(monkeypatch):
+    """A right answer in another form that is lost, a copied question that counts, text that is run."""
+    pytest.importorskip("reasoning_gym", reason="wants the package reasoning-gym")
+    from recipes import gym
+    monkeypatch.setattr(gym, "SIZE", 20)
+    gym.dataset.cache_clear()
+    for name in gym.KINDS:
+        monkeypatch.setattr(gym, "NAMES", [name])
+        rows = gym.problems()
+        assert rows == gym.problems() and len(rows) == 20
+        for row in rows:
+            assert gym.grade(row, row["solution"]), row
+            assert not gym.grade(row, row["prompt"])
+            assert not gym.grade(row, "Answer: \\boxed{__import__('os').getcwd()}")
+            assert not gym.grade(row, "Answer: \\boxed{9**9**9**9}")
+    fraction = dict(name="fraction_simplification", index=0)
+    data = gym.dataset("fraction_simplification")[0]["metadata"]
+    assert not gym.grade(fraction, f"\\boxed{{{data['numerator']}/{data['denominator']}}}")
+    countdown = dict(name="countdown", index=0)
+    formula = gym.dataset("countdown")[0]["answer"]
+    assert gym.grade(countdown, f"\\boxed{{({formula})}}")
+    assert not gym.grade(countdown, f"\\boxed{{{gym.dataset('countdown')[0]['metadata']['target']}}}")
+    gym.dataset.cache_clear()
+    monkeypatch.setattr(gym, "NAMES", ["chain_sum", "gsm_symbolic"])
+    task = problems.OwnProblems(data=str(HERE / "gym.py"))
+    episode = task.sample("val", random.Random(0))
+    assert episode.demonstration()[-1].response == episode.expert
+
+
+def test_what_reasoning_gym_needs_is_named(monkeypatch):
+    """A traceback where the package is missing."""
+    from recipes import gym
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    gym.dataset.cache_clear()
+    with pytest.raises(ValueError, match="pip install reasoning-gym"):
+        gym.problems()

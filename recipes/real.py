@@ -1,0 +1,247 @@
+"""A real language model by every method: SFT, RL, SFT then RL, a fixed mixture and AMFT, at one budget of responses.
+
+    python recipes/smollm2.py runs/smollm2                              # once: the checkpoint, without a hub
+    python recipes/real.py --model runs/smollm2                         # seed 0; on one GPU fifteen minutes should do
+    python recipes/real.py --model runs/smollm2 --seeds 1               # the next fifteen minutes, the next seed
+    python recipes/real.py --model runs/smollm2 --task gp
+    python recipes/real.py --model runs/smollm2 --search                # learning rates, by val, on a seed of their own
+    python recipes/real.py --model runs/smollm2 --list                  # the commands, without running them
+
+Each method is a run of amft.py in a process of its own, into OUT/METHOD-SEED. What is finished is skipped, what was
+cut off goes on from its last state, so this may be stopped and started at will; --minutes stops it by itself. It ends
+with a table of success in percent, in and out of distribution (OUT/table.md), and a figure of success and mu over the
+steps (OUT/real.png). Figures from one seed are a lead, not a result.
+
+The budget: --responses are sampled by each method that samples, the controller's own on val included, so AMFT takes
+fewer steps of RL. SFT samples none and gets as many steps as RL after the warm-up. Learning rates are those of LR until
+a --search has finished for a method: it tries each of RATES alike, and takes the one that ends best on val.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from harness.arguments import read_log  # noqa: E402
+
+WARMUP = 12  # steps of SFT before any RL
+MIXED = ("sft-rl", "fixed", "amft")  # methods with that warm-up
+RATES = ("1e-5", "3e-5", "1e-4")  # that a search tries
+LR = {"sft": "5e-5", "rl": "2e-5", "sft-rl": "2e-5", "fixed": "5e-5", "amft": "5e-5"}  # guesses, not searched
+OWN = {
+    "sft": [],
+    "rl": [],
+    "sft-rl": ["--warmup", str(WARMUP)],
+    "fixed": ["--warmup", str(WARMUP), "--mu", "0.5"],
+    "amft": ["--warmup", str(WARMUP), "--mu", "0.5", "--utility", "both"],
+}
+COMMON = {  # flags that every method reads
+    "math": ["--max-new-tokens", "110", "--demos", "5000"],
+    "gp": ["--max-new-tokens", "110", "--demos", "5000"],
+}
+EXPLORATION = ["--samples", "8", "--advantage", "group"]
+SEARCH_SEED = 100
+GRACE = 60  # seconds that a run has to finish its step and keep its state
+
+
+def flags_of(method, lr, seed, args):
+    """The words of a method's run."""
+    n_steps = args.responses // (args.prompts * 8)
+    if method == "amft":
+        n_steps = n_steps * args.meta_every // (args.meta_every + 1)  # the rest are samples of val
+    flags = ["--task", args.task, "--method", method, "--model", str(args.model), "--lr", lr, "--seed", str(seed),
+             "--steps", str(n_steps + WARMUP * (method != "rl")), "--eval-n", str(args.eval_n),
+             "--val-every", str(args.val_every), "--device", args.device, *COMMON[args.task], *OWN[method]]
+    if method != "rl":
+        flags += ["--sft-batch", str(args.sft_batch), "--imitation", "nll"]
+    if method != "sft":
+        flags += [*EXPLORATION, "--prompts", str(args.prompts)]
+    if method == "amft":
+        flags += ["--meta-every", str(args.meta_every)]
+    return flags + ["--bf16", "1"] * args.bf16
+
+
+def rows_of(folder, *kinds):
+    """Rows of a run's log; none where it has not begun."""
+    log = folder / "metrics.jsonl"
+    return read_log(log, *kinds) if log.exists() else []
+
+
+def best_rate(method, args):
+    """The learning rate that ended best on val in a finished search, else LR's."""
+    found = {}
+    for lr in RATES:
+        folder = args.out / "search" / f"{method}-{lr}"
+        if rows_of(folder, "final"):
+            last = [row for row in rows_of(folder, "eval") if row["split"] == "val"][-1]
+            found[lr] = last["success"]
+    return max(found, key=found.get) if len(found) == len(RATES) else LR[method]
+
+
+def jobs_of(args):
+    """{folder: the words of its run}, in the order in which they are done."""
+    jobs = {}
+    if args.search:
+        for lr in RATES:
+            for method in args.methods:
+                jobs[args.out / "search" / f"{method}-{lr}"] = flags_of(method, lr, SEARCH_SEED, args)
+        return jobs
+    for seed in args.seeds:
+        for method in args.methods:
+            jobs[args.out / f"{method}-{seed}"] = flags_of(method, best_rate(method, args), seed, args)
+    return jobs
+
+
+def run(folder, flags, end):
+    """A run until it is finished, or until the time `end`; its exit code, 130 where it was stopped."""
+    began = folder.with_suffix(".flags")
+    if began.exists() and began.read_text() != shlex.join(flags):
+        sys.exit(f"{folder}: was begun with other flags, {began.read_text()}; remove it, or name another --out")
+    if (folder / "state.pt").exists():
+        words = ["--resume", str(folder)]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        began.write_text(shlex.join(flags))
+        words = [*flags, "--out", str(folder)]
+    print(f"$ python amft.py {shlex.join(words)}", flush=True)
+    process = subprocess.Popen([sys.executable, str(ROOT / "amft.py"), *words])
+    try:
+        return process.wait(max(1.0, end - time.time() - GRACE))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.send_signal(signal.SIGTERM)  # it ends its step, and keeps its state
+        process.wait()
+        return 130
+
+
+def tidy(folder, args):
+    """Of a finished run the log and the figure stay: a state has 24 bytes a parameter."""
+    if not args.keep:
+        (folder / "state.pt").unlink(missing_ok=True)
+        shutil.rmtree(folder / "final", ignore_errors=True)
+
+
+def report(args):
+    """The table and the figure of all runs that are finished."""
+    done = {}  # {method: [folder]}
+    for method in OWN:
+        folders = [folder for folder in sorted(args.out.glob(f"{method}-[0-9]*")) if rows_of(folder, "final")]
+        if folders:
+            done[method] = folders
+    if not done:
+        return print("no run is finished yet")
+    lines = table_lines(done)
+    (args.out / "table.md").write_text("\n".join(lines) + "\n")
+    print(*lines, sep="\n")
+    print(draw(done, args.out / "real.png"))
+
+
+def table_lines(done):
+    """Markdown: mean success of samples in percent on each split, over seeds; each seed's in brackets."""
+    first = next(iter(done.values()))[0]
+    before = {row["split"]: row for row in rows_of(first, "eval") if row["step"] == 0}
+    lines = ["| method | " + " | ".join(before) + " | mu at the end | responses | minutes | learning rate |",
+             "|---|" + "---|" * (len(before) + 4)]
+    base = [f"{100 * row['success']:.1f}" for row in before.values()]
+    lines.append("| before | " + " | ".join(base) + " | | 0 | | |")
+    for method, folders in done.items():
+        cells = []
+        for split in before:
+            values = [100 * last_of(folder, split)["success"] for folder in folders]
+            each = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{each}")
+        steps = [rows_of(folder, "step")[-1] for folder in folders]
+        minutes = statistics.mean(step["seconds"] for step in steps) / 60
+        lr = rows_of(folders[0], "config")[0]["lr"]
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {statistics.mean(s['mu'] for s in steps):.2f} | "
+                     f"{statistics.mean(s['rollouts'] for s in steps):.0f} | {minutes:.1f} | {lr:g} |")
+    return lines
+
+
+def last_of(folder, split):
+    """The last whole evaluation of a split."""
+    return [row for row in rows_of(folder, "eval") if row["split"] == split and row["whole"]][-1]
+
+
+def draw(done, path):
+    """Success on val over steps, and mu, a line a run; what became of it, in words."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "No figure: pip install matplotlib"
+    figure = Figure((11, 4.2), layout="constrained")
+    success, mu = figure.subplots(1, 2)
+    for i, (method, folders) in enumerate(done.items()):
+        colour = "black" if method == "amft" else f"C{i}"
+        for n, folder in enumerate(folders):
+            name = method if n == 0 else None
+            rows = [row for row in rows_of(folder, "eval") if row["split"] == "val"]
+            success.plot([row["step"] for row in rows], [100 * row["success"] for row in rows], "o-", markersize=3,
+                         linewidth=1, color=colour, label=name)
+            rows = rows_of(folder, "step")
+            mu.plot([row["step"] for row in rows], [row["mu"] for row in rows], linewidth=1, color=colour, label=name)
+    success.set(title="samples right on validation, %", xlabel="step", ylim=(0, None))
+    mu.set(title="mu: 0 is RL, 1 is SFT", xlabel="step", ylim=(-0.03, 1.03))
+    success.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    return f"Figure: {path}"
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a checkpoint folder, or a hub's name")
+    parser.add_argument("--task", choices=tuple(COMMON), default="math")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", choices=tuple(OWN), default=list(OWN))
+    parser.add_argument("--out", type=Path, help="default: runs/real-TASK")
+    parser.add_argument("--minutes", type=float, default=15, help="after which it stops, to be started again")
+    parser.add_argument("--responses", type=int, default=7680, help="the budget of each method that samples")
+    parser.add_argument("--prompts", type=int, default=16, help="of a step, with 8 samples each")
+    parser.add_argument("--sft-batch", type=int, default=32)
+    parser.add_argument("--meta-every", type=int, default=5, help="steps between AMFT's looks at val")
+    parser.add_argument("--eval-n", type=int, default=100, help="episodes of a split")
+    parser.add_argument("--val-every", type=int, default=10, help="steps between looks at val for the figure")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--bf16", type=int, default=1, choices=(0, 1))
+    parser.add_argument("--keep", action="store_true", help="states and policies of finished runs, too")
+    parser.add_argument("--search", action="store_true", help=f"learning rates {', '.join(RATES)}, seed {SEARCH_SEED}")
+    parser.add_argument("--list", action="store_true", help="print the commands that are still to do")
+    args = parser.parse_args(argv)
+    args.out = args.out or ROOT / "runs" / f"real-{args.task}"
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
+    end = time.time() + 60 * args.minutes
+    for folder, flags in jobs_of(args).items():
+        if rows_of(folder, "final"):
+            tidy(folder, args)
+            continue
+        if args.list:
+            print(f"python amft.py {shlex.join(flags)} --out {os.path.relpath(folder)}")
+            continue
+        if time.time() > end - GRACE:
+            print(f"{args.minutes:g} minutes are over; the same command goes on with {folder.name}")
+            break
+        code = run(folder, flags, end)
+        if code == 130:
+            print(f"stopped in {folder.name}; the same command goes on there")
+            break
+        if code:
+            sys.exit(code)
+        tidy(folder, args)
+    if not args.list:
+        report(args)
+
+
+if __name__ == "__main__":
+    main()

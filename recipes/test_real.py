@@ -1,0 +1,75 @@
+"""Tests of the comparison on a real model: its budget, its skipping, stopping and going on, its table.
+
+    python -m pytest -q recipes/test_real.py
+"""
+
+import importlib.util
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from recipes import real  # noqa: E402
+
+SMALL = ["--model", "base", "--task", "gp", "--device", "cpu", "--bf16", "0", "--responses", "96", "--prompts", "2",
+         "--sft-batch", "4", "--eval-n", "2", "--val-every", "5"]
+
+
+def arguments(out, *more):
+    return [*SMALL, "--out", str(out), *more]
+
+
+def value(flags, name):
+    return int(flags[flags.index(name) + 1])
+
+
+def test_methods_have_one_budget_of_responses(tmp_path):
+    """AMFT's samples of val on top of the others', or a method with fewer steps than it may have."""
+    args = real.arguments(["--model", "x", "--out", str(tmp_path)])
+    for method in real.OWN:
+        flags = real.flags_of(method, "1e-5", 0, args)
+        warmup = real.WARMUP if method in (*real.MIXED, "sft") else 0
+        steps = value(flags, "--steps") - warmup
+        looks = sum(t % args.meta_every == 0 for t in range(1, steps + 1)) if method == "amft" else 0
+        assert (steps + looks) * args.prompts * 8 == 7680, method
+
+
+def test_a_comparison_is_stopped_and_goes_on(tmp_path, capfd, monkeypatch):
+    """A run that is done twice, or lost; a table without a method; flags that changed meanwhile."""
+    out = tmp_path / "real"
+    methods = ("--methods", "sft", "amft")
+    stopped = real.run(out / "amft-0", real.flags_of("amft", real.LR["amft"], 0, real.arguments(arguments(out))),
+                       time.time() + real.GRACE + 25)
+    assert stopped in (0, 130)
+    real.main(arguments(out, *methods))
+    said = capfd.readouterr().out
+    assert "| sft | " in said and "| amft | " in said and "| before | " in said
+    assert (out / "table.md").read_text().strip() in said
+    assert not (out / "amft-0" / "state.pt").exists()
+    assert (out / "real.png").exists() or importlib.util.find_spec("matplotlib") is None
+    real.main(arguments(out, *methods))
+    assert "$ python" not in capfd.readouterr().out  # nothing is left to do
+    real.main(arguments(out, *methods, "--list", "--seeds", "0", "1"))
+    assert capfd.readouterr().out.count("python amft.py") == 2  # the other seed
+    (out / "rl-0.flags").write_text("--lr 1")
+    with pytest.raises(SystemExit, match="other flags"):
+        real.main(arguments(out, "--methods", "rl"))
+
+
+def test_a_search_chooses_by_val(tmp_path):
+    """Another split than val, or a choice before all rates were tried."""
+    args = real.arguments(["--model", "x", "--out", str(tmp_path)])
+    for rate, val in zip(real.RATES, (0.1, 0.4, 0.3)):
+        assert real.best_rate("rl", args) == real.LR["rl"]
+        folder = tmp_path / "search" / f"rl-{rate}"
+        folder.mkdir(parents=True)
+        rows = [dict(kind="eval", split="val", success=0.9), dict(kind="eval", split="val", success=val),
+                dict(kind="eval", split="id", success=1 - val), dict(kind="final")]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert real.best_rate("rl", args) == real.RATES[1]
+    assert shlex.join(next(iter(real.jobs_of(args).values()))).count(f"--lr {real.LR['sft']}") == 1
