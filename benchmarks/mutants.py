@@ -237,7 +237,7 @@ MUTANTS = [
      '(self.folder / "state.tmp").write_bytes(b"") or self.state.write_bytes(',
      "older_than_its_last or state_is_written"),
     ("harness/run.py", 'if self.rows("step"):', "if False:", "state_that_is_gone"),
-    ("harness/run.py", "return self.stopping or time.time()", "return time.time()", "signal_waits"),
+    ("harness/run.py", "return self.stopping or since", "return since", "signal_waits"),
     ("amft.py", "run.evaluate(look, task.splits)\n        run.save(theta, adam, modules)\n    for",
      "run.evaluate(look, task.splits)\n    for", "second_signal or ctrl_c_while", HARNESS),
     ("harness/run.py", "            bad.append(\"theta\")\n", "            pass\n", "too_high or non_finite or theta"),

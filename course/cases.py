@@ -864,35 +864,43 @@ def meta_gradient_without_a_signal(seed):
 
 def update_by_hand(mu, entropy, target, estimates, evidence, c, memory, wrong=""):
     """Eq. 6 in Python numbers, with one mistake or none: (mu', evidence', forces)."""
-    Phi = statistics.NormalDist().cdf
     entropy_force = c.eta_h * (entropy - target if wrong == "entropy_sign" else target - entropy)
     known = [pair for pair in estimates if pair[1] > 0 or wrong == "zero_error"]
-    force, total, variance = 0.0, *evidence
-    slopes = [slope for slope, _ in known]
-    slope = (statistics.mean(slopes) if wrong == "mean_of_slopes" and slopes else sum(slopes))
-    if known and c.controller == "paper":
-        force = c.eta_mu * slope
+    (total, n), start = evidence, c.mu
+    if c.controller == "paper":
+        force, start = c.eta_mu * sum(slope for slope, _ in known), mu
         if wrong == "paper_evidence":
-            total, variance = total + slope, variance + sum(e * e for _, e in known)
-    elif known:
-        fades = 1.0 if wrong == "no_memory" else memory ** (len(known) if wrong == "fades_twice" else 1)
-        total = fades * total + slope
-        variance = (fades if wrong == "memory_not_squared" else fades ** 2) * variance
-        variance += sum(e if wrong == "error_not_squared" else e * e for _, e in known)
-        z = total / math.sqrt(variance)
-        force = c.eta_mu * dict(slope_alone=slope, sign_alone=(z > 0) - (z < 0), phi_alone=Phi(z),
-                                erf_of_z=2 * Phi(z * math.sqrt(2)) - 1).get(wrong, 2 * Phi(z) - 1)
-    elif wrong == "evidence_lost":
-        total, variance = 0.0, 0.0
-    moved = mu + force + entropy_force
+            total, n = total + sum(slope / error for slope, error in known), n + len(known)
+    else:
+        fades = memory ** (len(known) if wrong == "fades_twice" else 1)
+        if wrong == "no_memory" or not known and wrong != "fades_in_silence":
+            fades = 1.0
+        new = [slope if wrong == "slope_alone" else slope / error for slope, error in known]
+        total = fades * total + sum(new)
+        n = n * (1.0 if wrong == "count_not_faded" else fades) + len(new)
+        if wrong == "evidence_lost" and not known:
+            total, n = 0.0, 0.0
+        force = c.eta_mu * belief_by_hand(total, n, wrong)
+        start = mu if wrong == "adds_up" else start
+    moved = start + force + entropy_force
     moved = moved if wrong == "not_clipped_mu" else min(max(moved, c.mu_min), c.mu_max)
-    return moved, (total, variance), (force, entropy_force)
+    return moved, (total, n), (force, entropy_force)
 
 
-UPDATE_MISTAKES = ("entropy_sign", "no_memory", "memory_not_squared", "fades_twice", "error_not_squared", "slope_alone",
-                   "sign_alone", "phi_alone", "erf_of_z", "mean_of_slopes", "not_clipped_mu", "evidence_lost", "zero_error",
-                   "paper_evidence")
-UPDATE_NAMES = "mu'", "evidence's total", "evidence's variance", "meta force", "entropy force"
+def belief_by_hand(total, n, wrong):
+    """P[above 0] - P[below 0], by Bayes' theorem, of the sum of n ratios z; their squares are in all three alike."""
+    if wrong == "sign_alone":
+        return (total > 0) - (total < 0)
+    effect, odds = 0.4, 1.0 if wrong == "no_odds" else 0.2
+    above, below = (odds * math.exp(mean * total - (0 if wrong == "no_count" else n * mean ** 2 / 2))
+                    for mean in (effect, -effect))
+    return above - below if wrong == "not_normalised" else (above - below) / (above + 1 + below)
+
+
+UPDATE_MISTAKES = ("entropy_sign", "count_not_faded", "no_memory", "fades_twice", "fades_in_silence", "slope_alone",
+                   "sign_alone", "no_odds", "no_count", "not_normalised", "adds_up", "not_clipped_mu", "evidence_lost",
+                   "zero_error", "paper_evidence")
+UPDATE_NAMES = "mu'", "evidence's total", "evidence's count", "meta force", "entropy force"
 UPDATE_PATHS = (0,), (1, 0), (1, 1), (2, 0), (2, 1)
 
 
@@ -905,7 +913,7 @@ def update_case(what, mu, entropy, target, estimates, evidence, c, memory=0.98):
     args = mu, entropy, target, estimates, evidence, c
     expected, checks = flat(update_by_hand(*args, memory)), []
     wrong = {name: flat(update_by_hand(*args, memory, name)) for name in UPDATE_MISTAKES
-             if name != "zero_error" or evidence[1] or any(e for _, e in estimates)}
+             if name != "zero_error" or all(e for _, e in estimates)}
     for i in (4, 1, 2, 3, 0):  # causes before their effects
         mistakes = {name: values[i] for name, values in wrong.items() if abs(values[i] - expected[i]) > 1e-7}
         checks.append(Check(f"{UPDATE_NAMES[i]}{what}", float(expected[i]), UPDATE_PATHS[i], mistakes,
@@ -916,19 +924,19 @@ def update_case(what, mu, entropy, target, estimates, evidence, c, memory=0.98):
 
 
 def controller(draw, kind="evidence", **settings):
-    return SimpleNamespace(**{**dict(controller=kind, eta_mu=draw.random.uniform(0.05, 0.1), eta_h=draw.random.uniform(0.1, 0.3),
-                                     mu_min=0.05, mu_max=0.95), **settings})
+    return SimpleNamespace(**{**dict(controller=kind, mu=draw.random.uniform(0.42, 0.48), mu_min=0.05, mu_max=0.95,
+                                     eta_mu=draw.random.uniform(0.3, 0.4), eta_h=draw.random.uniform(0.1, 0.3)), **settings})
 
 
 @cases_of(9, "update_mu")
 def update_mu_values(seed):
-    """A sign, a variance, an expected sign or a fading of evidence that is not Eq. 6's as it is stated."""
+    """A sign, a ratio, a belief or a fading of evidence that is not Eq. 6's as it is stated."""
     draw, found = Draw("update_mu", seed), []
     normal, uniform = draw.random.gauss, draw.random.uniform
     for n in (1, 2):
         c, memory = controller(draw), uniform(0.5, 0.9)
         estimates = [(normal(0, 1), uniform(0.3, 0.8) * (2 * i + 1)) for i in range(n)]
-        args = uniform(0.4, 0.6), uniform(0.8, 1.0), uniform(1.1, 1.3), estimates, (normal(0, 1), uniform(0.5, 2)), c
+        args = uniform(0.5, 0.6), uniform(0.8, 1.0), uniform(1.1, 1.3), estimates, (normal(0, 1), uniform(0.5, 2)), c
         found += [update_case(f" with {n} estimate{'s' * (n > 1)}", *args, memory), update_case(" at memory's default", *args)]
     for entropy, target in ((0.0, 9.0), (9.0, 0.0)):
         found.append(update_case(f" with entropy {entropy:.0f} and H* {target:.0f}", 0.5, entropy, target, [],

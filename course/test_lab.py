@@ -131,7 +131,7 @@ SECRET, ALONE = "a word", True
 RULES = [
     Rule("amft.py:sft_loss", "mask.sum()", ("len(mask)",), "per row"),
     Rule("amft.py:ppo_loss", "(logps - old_logps).exp()", ("(old_logps - logps).exp()",), "turned round"),
-    Rule("amft.py:update_mu", "memory * evidence[0]", ("evidence[0]",), "no fading"),
+    Rule("amft.py:update_mu", "fade * evidence[0]", ("evidence[0]",), "no fading"),
     Rule("amft.py:gae", "(advantages + values) * mask", ("advantages * mask",), "no values"),
     Rule("tasks.py:Deal.grade", "value == self.target", ("value != self.target",), "wrong is right"),
 ]

@@ -331,7 +331,7 @@ def learn(world, seed, config, steps, lr=0.02):
 
 def run(world, seed, mu, controller, steps):
     """(U at the end, mu at each step) of one run: AMFT from mu, or mu fixed."""
-    config = settings(eta_mu=0.05 if controller else 0.0, eta_h=0.0, trace=0.9, mu=mu, warmup=0, meta_every=1)
+    config = settings(eta_mu=0.45 if controller else 0.0, eta_h=0.0, trace=0.9, mu=mu, warmup=0, meta_every=1)
     log, theta = learn(world, seed, config, steps)
     return world.utility(theta).item(), [row.mu for row in log]
 
