@@ -854,6 +854,12 @@ def test_nor_does_it_where_it_is_not_refused(name):
     assert not passed, message
 
 
+def test_torch_may_import_in_a_bodys_name():
+    """as_tensor, first called in a body, imports torch.storage by the body's own import, and was refused."""
+    passed, message, _ = in_process(7, PLAIN[7])
+    assert passed, message
+
+
 # Ten attacks that are not refused, or not for what they want. None knows an answer.
 ATTACKS = [
     (4, "torch.Tensor.grad = torch.Tensor.data\nreturn rewards, values"),  # an attribute that may be stored, of a class
