@@ -13,6 +13,7 @@ import os
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that share a busy core wait for each other
 
 def pytest_addoption(parser):
     parser.addoption("--exercise", type=int, action="append", help="run this exercise's tests alone")

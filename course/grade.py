@@ -100,7 +100,9 @@ def functions_of(path):
 
 
 def allowed_import(name, globals=None, locals=None, fromlist=(), level=0):
-    if name not in check.modules() or level:
+    """import, for a body. A list asks for torch's own C++ code, which imports in the name of the body that called it; a
+    statement of Python has a tuple there."""
+    if type(fromlist) is not list and (name not in check.modules() or level):
         raise Forbidden(f"import of {name}")
     return importlib.__import__(name, globals, locals, fromlist, level)
 
@@ -514,6 +516,7 @@ def grade(paths, out, student="", only=None, total=TOTAL, say=print):
 
 def main():
     sys.modules.setdefault("grade", sys.modules[__name__])  # check.py asks it for facts()
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads that share a busy core wait for each other
     if sys.argv[1:] == ["--worker"]:
         return worker()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

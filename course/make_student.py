@@ -27,10 +27,11 @@ import textwrap
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import cases
-import verdict
-from check import body_of, exercises, functions_in
-from grade import FILES, beside, facts, visible_seed
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that share a busy core wait for each other
+import cases  # noqa: E402
+import verdict  # noqa: E402
+from check import body_of, exercises, functions_in  # noqa: E402
+from grade import FILES, beside, facts, visible_seed  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 SOLUTION = HERE.parent

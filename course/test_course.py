@@ -87,6 +87,156 @@ mu = torch.tensor(float(mu), dtype=theta.dtype)
 moved = [0 * theta] * 3 if last is None else [trace * x for x in last]
 return torch.func.jvp(step, (mu, theta, state.m, state.v), (torch.ones_like(mu), *moved))[1]
 """),
+    (2, "kept = mask.bool()\nn = mask.sum() if n_tokens is None else n_tokens\nreturn logps[kept].sum().neg() / n", "sft_loss"),
+    (2, "return beta * torch.einsum('bt,bt->b', logps - ref_logps, mask)", "implicit_reward"),
+    (3, """
+P, G = rewards.shape
+others = torch.stack([torch.cat([rewards[:, :i], rewards[:, i + 1:]], 1).mean(1) for i in range(G)], 1)
+centred = rewards - others
+scale = float(((centred - centred.mean()) ** 2).mean().sqrt())
+return (torch.zeros_like(rewards), 1.0) if scale < 1e-6 else (centred / scale, scale)
+"""),
+    (4, """
+out = torch.zeros_like(values)
+for b, row in enumerate(mask.tolist()):
+    own = [t for t, on in enumerate(row) if on]
+    running = following = 0.0
+    for t in own[::-1]:
+        running = float(rewards[b, t]) + gamma * following - float(values[b, t]) + gamma * lam * running
+        following, out[b, t] = float(values[b, t]), running
+return out, torch.where(mask > 0, out + values, torch.zeros_like(out))
+"""),
+    (4, """
+B, T = values.shape
+order = mask.argsort(stable=True, dim=1, descending=True)
+n = mask.sum(1, keepdim=True)
+on = (torch.arange(T) < n).to(values)
+r, v = rewards.gather(1, order) * on, values.gather(1, order) * on
+delta = r + gamma * torch.cat([v[:, 1:], torch.zeros(B, 1).to(v)], 1) - v
+i = torch.arange(T)
+factor = torch.where(i[None] >= i[:, None], (gamma * lam) ** (i[None] - i[:, None]).clamp(min=0).to(v), 0.0)
+inner = (delta * on) @ factor.T * on
+found = torch.zeros_like(values).scatter(1, order, inner)
+return found, (found + values) * mask
+"""),
+    (5, """
+n = mask.sum() if n_tokens is None else n_tokens
+ratio = torch.exp(logps - old_logps)
+best = torch.where(advantages >= 0, ratio.clamp(max=1 + clip), ratio.clamp(min=1 - clip))
+return -torch.einsum("bt,bt,bt->", best, advantages, mask) / n
+"""),
+    (5, """
+import torch.nn.functional as F
+A, r = advantages, (logps - old_logps).exp()
+loss = -r * A + F.relu(r - 1 - clip) * A.clamp(min=0) + F.relu(1 - clip - r) * (-A).clamp(min=0)
+return (loss * mask).sum() / (n_tokens if n_tokens is not None else mask.sum())
+"""),
+    (6, """
+share = torch.minimum(torch.ones_like(norm), max_norm / (norm + 1e-6))
+g = grad.mul(share)
+m = torch.lerp(m, g, 1 - b1)
+v = torch.addcmul(v * b2, g, g, value=1 - b2)
+seen = v > 0
+root = torch.where(seen, torch.where(seen, v, torch.ones_like(v)).sqrt(), torch.zeros_like(v)) / (1 - b2 ** step) ** 0.5
+return theta - lr * weight_decay * theta - lr / (1 - b1 ** step) * m / (root + eps), m, v
+""", "adamw"),
+    (6, """
+defaults = dict(max_norm=1.0, weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8)
+h = {**defaults, **how}
+norm, n = (grad ** 2).sum() ** 0.5, state.step + 1
+g = grad * min(1.0, h["max_norm"] / (norm.item() + 1e-6))
+m = h["b1"] * state.m + (1 - h["b1"]) * g
+v = h["b2"] * state.v + (1 - h["b2"]) * g ** 2
+moved = h["lr"] * (m / (1 - h["b1"] ** n)) / ((v / (1 - h["b2"] ** n)).sqrt() + h["eps"])
+return theta * (1 - h["lr"] * h["weight_decay"]) - moved, state._replace(m=m, v=v, step=n)
+"""),
+    (7, """
+import torch.autograd.forward_ad as fw
+with fw.dual_level():
+    d = [torch.zeros_like(theta)] * 3 if last is None else [trace * x for x in last]
+    x, m, v = (fw.make_dual(a, b) for a, b in zip((theta, state.m, state.v), d))
+    g = fw.make_dual((1 - mu) * g_rl + mu * g_sft, g_sft - g_rl)
+    return tuple(fw.unpack_dual(y).tangent for y in adamw(x, g, m, v, g.norm(), state.step + 1, **how))
+"""),
+    (8, """
+P, G = rollouts.success.shape
+w, s = advantages or group_advantages(rollouts.success)
+found = []
+for p in range(P):
+    part = rollouts.batch.rows(slice(p * G, p * G + G))
+    total = (logps_of(model, part, config.temperature) * part.response_mask).sum(1) @ (w[p] * s) / G
+    found.append(float(parameters_to_vector(torch.autograd.grad(total, tuple(model.parameters()))) @ d_theta))
+mean = sum(found) / P
+return mean, math.sqrt(sum((x - mean) ** 2 for x in found) / (P - 1) / P)
+"""),
+    (9, """
+import statistics
+force = config.eta_h * (target_entropy - entropy)
+known = [(s, e) for s, e in estimates if e]
+meta = 0.0
+if known and config.controller == "paper":
+    meta = config.eta_mu * sum(s for s, _ in known)
+elif known:
+    evidence = memory * evidence[0] + sum(s for s, _ in known), memory * memory * evidence[1] + sum(e * e for _, e in known)
+    meta = config.eta_mu * (2 * statistics.NormalDist().cdf(evidence[0] / evidence[1] ** 0.5) - 1)
+return max(config.mu_min, min(config.mu_max, mu + meta + force)), evidence, (meta, force)
+"""),
+    (10, """
+from collections import Counter
+fields = fields_of(response)
+formula = fields["formula"] if fields and "formula" in fields else None
+if type(formula) is not str:
+    return "no_answer"
+left, *rest = formula.split("=")
+if len(formula) > MAX_FORMULA or len(rest) > 1 or rest and rest[0].strip(" ") != f"{self.target}":
+    return "illegal_formula"
+try:
+    numbers, value = parse(left)
+except ValueError:
+    return "illegal_formula"
+if Counter(numbers) != Counter(self.numbers):
+    return "illegal_number"
+return "correct" if value is not None and value == self.target else "wrong_result"
+"""),
+    (10, """
+import re
+formula = (fields_of(response) or dict()).get("formula")
+if not isinstance(formula, str): return "no_answer"
+match = re.compile(r"([^=]*)(?:= *" + re.escape(str(self.target)) + " *)?").fullmatch(formula)
+if match is None or len(formula) > MAX_FORMULA: return "illegal_formula"
+try: used, value = parse(match[1])
+except ValueError: return "illegal_formula"
+if sorted(used) != sorted(self.numbers): return "illegal_number"
+return ("wrong_result", "correct")[value == self.target]
+"""),
+    (11, """
+world.generator.manual_seed(seed)
+point, moments, rows = world.start, fresh(world.start), []
+now = dict(mu=config.mu, evidence=(0.0, 0.0), target=None, d=None)
+def look(t, g_rl, seen, scale):
+    if now["d"] is None or config.eta_mu == 0:
+        return []
+    found = [amft.own_meta_gradient(g_rl, now["d"][0], seen.batch, scale)]
+    if not (t - config.warmup) % config.meta_every:
+        found += [amft.meta_gradient(world.model, now["d"][0], world.rollouts(point, 8, 4), config)]
+    return found
+t = 0
+while t < steps:
+    t += 1
+    g_rl, g_sft, seen, scale = world.gradients(point, config)
+    if t <= config.warmup:
+        mu, found = 1.0, []
+    else:
+        if now["target"] is None:
+            now["target"] = seen.entropy
+        found = look(t, g_rl, seen, scale)
+        now["mu"], now["evidence"], _ = amft.update_mu(now["mu"], seen.entropy, now["target"], found, now["evidence"], config)
+        mu = now["mu"]
+        now["d"] = amft.step_sensitivity(point, g_rl, g_sft, mu, moments, now["d"], config.trace, lr=lr)
+    rows += [Row(t, point, g_rl, g_sft, mu, seen.entropy, scale, found, now["evidence"])]
+    point, moments = amft.adamw_step(point, torch.lerp(g_rl, g_sft, mu), moments, lr=lr)
+return rows, point
+"""),
 ]
 
 
@@ -340,9 +490,14 @@ def test_the_solution_passes():
 @pytest.mark.parametrize("case", RIGHT, ids=lambda case: case[0])
 def test_other_right_answers_pass(case):
     """A test or a refusal that takes points from a right answer in another form."""
-    exercise, body = case
-    passed, message = grade.judge(EXERCISES[exercise], answer(exercise, body, list(EXERCISES[exercise]["functions"])[-1]), range(8 if SLOW else 1))
+    exercise, body, *function = case
+    function = function[0] if function else list(EXERCISES[exercise]["functions"])[-1]
+    passed, message = grade.judge(EXERCISES[exercise], answer(exercise, body, function), range(8 if SLOW else 1))
     assert passed, message
+
+
+def test_there_are_twenty_right_answers():
+    assert len(RIGHT) >= 20 and {case[0] for case in RIGHT} == set(EXERCISES)
 
 
 # --- What is in the folder that students get ----------------------------------------------------------------------
@@ -701,6 +856,38 @@ def test_nor_does_it_where_it_is_not_refused(name):
     body = PATCHES[name] + "return torch.zeros(1)"
     passed, message, _ = in_process(4, body, checked=False)
     assert not passed, message
+
+
+def test_torch_may_import_in_a_bodys_name():
+    """as_tensor, first called in a body, imports torch.storage by the body's own import, and was refused."""
+    passed, message, _ = in_process(7, PLAIN[7])
+    assert passed, message
+
+
+# Ten attacks that are not refused, or not for what they want. None knows an answer.
+ATTACKS = [
+    (4, "torch.Tensor.grad = torch.Tensor.data\nreturn rewards, values"),  # an attribute that may be stored, of a class
+    (4, "values.data = torch.zeros_like(values)\nreturn rewards, rewards"),  # the arguments, so that 0 is expected
+    (1, "held = []\nheld.append(held)\nreturn held"),  # an answer that holds itself
+    (1, "return {i: 'x' * 10000 for i in range(10 ** 4)}"),  # one that floods the pipe
+    (1, "raise ValueError('4 of 4 tests passed with 4 seeds ' * 10 ** 6)"),  # a message in the place of a verdict
+    (10, "import re\nre.fullmatch('(a+)+b', 'a' * 60)\nreturn 'correct'"),  # time that no signal interrupts
+    (9, "nan = float('nan')\nreturn nan, (nan, nan), (nan, nan)"),  # what is not unequal
+    (3, "return rewards.to_sparse().coalesce(), 1.0"),  # a layout that cannot be compared
+    (5, "return torch.empty(0, dtype=torch.float64, device='meta').sum().requires_grad_()"),  # a value that is nowhere
+    (11, "g = world.utility_gradient(world.start)\nlog = [Row(t + 1, world.start - t * 0.0 * g, -g, g, 1.0, 1.0, 0.5, [], (0.0, 0.0)) "
+         "for t in range(steps)]\nreturn log, world.start + 5 * g"),  # a log that is written, not run
+]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case[0] in (9, 10) else slow) for case in ATTACKS], ids=lambda case: str(case[0]))
+def test_attacks_that_run_earn_nothing(case):
+    """By the grader's own path: 0 points, one line."""
+    exercise, body = case
+    e = EXERCISES[exercise]
+    name = list(e["functions"])[0]
+    points, message, _ = grade.graded(e, name, answer(exercise, body), [0], 8 if exercise == 10 else 60, ())
+    assert points == 0 and message and len(message) < 1500 and len(message.split("\n")[0]) < 900, message
 
 
 def test_what_is_no_plain_data_is_no_answer():

@@ -105,7 +105,7 @@ def packed(value, deep=0):
     if kind in (tuple, list):
         return {kind.__name__: [packed(part, deep + 1) for part in value[:1000]]}
     if kind is dict:
-        return {"dict": [[packed(k, deep + 1), packed(v, deep + 1)] for k, v in value.items()]}
+        return {"dict": [[packed(k, deep + 1), packed(v, deep + 1)] for k, v in list(value.items())[:100]]}
     return {"other": kind.__name__[:80]}
 
 
@@ -269,8 +269,8 @@ def explained(error, file, signature=""):
         return "asked for more memory than an exercise may use"
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
              if Path(frame.f_code.co_filename).name in (file, f"submission {file}")]
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    text = "".join(c if c.isprintable() else " " for c in text)[:600]
+    text = f"{type(error).__name__}: {str(error)[:600]}".removesuffix(": ")
+    text = "".join(c if c.isprintable() else " " for c in text)
     if isinstance(error, NameError):
         text += f"; the signature is the reference's{signature}, and helpers and imports go inside the body"
     return (f"{file}, line {lines[-1]}: " if lines else "") + text
