@@ -356,7 +356,7 @@ MUTANTS = [
     ("recipes/parallel.py", "for part in parts], tokens)", "for part in parts], turns)", "joined_conv"),
     ("recipes/parallel.py", "P * (P - 1) * error ** 2 + P * mean ** 2", "P * (P - 1) * error ** 2", "two_ranks"),
     ("recipes/parallel.py", "return None, total(states)", "return None, states", "two_ranks"),
-    ("recipes/parallel.py", "if RANK == 0 else restore(*args)", "if RANK == 0 else args[:2]", "broken_run_goes_on"),
+    ("recipes/parallel.py", "            dist.broadcast(leaf, 0)", "            pass", "broken_run_goes_on"),
     ("recipes/parallel.py", "if len(set(bits)) > 1 or len(set(mu)) > 1:", "if len(set(mu)) > 1:", "one_line"),
     ("recipes/parallel.py", "if len(set(bits)) > 1 or len(set(mu)) > 1:", "if len(set(bits)) > 1:", "one_line"),
     ("recipes/parallel.py", 'if store.add("said", 1) == 1 and line:', "if line:", "one_line"),

@@ -1,7 +1,8 @@
 """Sampling's decode step as a CUDA graph: captured once for a shape, then replayed, so that no launch is waited for.
 
-A decode step writes into tensors that keep their shape and place: a Decoding, a static cache, the weights. It never asks
-for a value, so the same function runs by itself (CPUs, MPS, models that cannot be captured) or is replayed by a GPU."""
+A decode step writes into tensors that keep their shape and place: a Decoding, a static cache. It reads weights that
+stay where they are and asks for no value, so the same function runs by itself (CPUs, MPS, models that cannot be
+captured) or is replayed by a GPU."""
 
 import sys
 import weakref
