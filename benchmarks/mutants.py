@@ -169,6 +169,11 @@ MUTANTS = [
     ("amft.py", "truncated.append(reply.truncated[~done])", "truncated.append(reply.truncated)", "log_counts"),
     ("amft.py", "torch.cat(truncated).float().mean().item()", "torch.cat(truncated).sum().item() / len(played)",
      "log_counts or truncation"),
+    # chat templates and kinds of models; a comparison's budget
+    ("recipes/checkpoints.py", 'before.count("<think>") <= before.count("</think>")', "True", "no_thoughts"),
+    ("recipes/checkpoints.py", "template = FIXED_DATE + template", "pass", "todays_date"),
+    ("recipes/checkpoints.py", "part.output_router_logits = False", "pass", "router"),
+    ("recipes/real.py", "n_steps * args.meta_every // (args.meta_every + 1)", "n_steps", "one_budget", "recipes/test_real.py"),
     # a captured step
     ("harness/capture.py", "self.state.attention_mask[:, columns:] = 0", "pass", "any_length", CAPTURE),
     ("harness/capture.py", "cumulative_length.fill_(known)", "cumulative_length.fill_(0)", "greedily", CAPTURE),
@@ -229,7 +234,7 @@ MUTANTS = [
      '(self.folder / "state.tmp").write_bytes(b"") or self.state.write_bytes(',
      "older_than_its_last or state_is_written"),
     ("harness/run.py", 'if self.rows("step"):', "if False:", "state_that_is_gone"),
-    ("harness/run.py", "return self.stopping or time.time()", "return time.time()", "signal_waits"),
+    ("harness/run.py", "return self.stopping or since", "return since", "signal_waits"),
     ("amft.py", "run.evaluate(look, task.splits)\n        run.save(theta, adam, modules)\n    for",
      "run.evaluate(look, task.splits)\n    for", "second_signal or ctrl_c_while", HARNESS),
     ("harness/run.py", "            bad.append(\"theta\")\n", "            pass\n", "too_high or non_finite or theta"),
