@@ -174,6 +174,11 @@ MUTANTS = [
     ("amft.py", "truncated.append(reply.truncated[~done])", "truncated.append(reply.truncated)", "log_counts"),
     ("amft.py", "torch.cat(truncated).float().mean().item()", "torch.cat(truncated).sum().item() / len(played)",
      "log_counts or truncation"),
+    # chat templates and kinds of models; a comparison's budget
+    ("recipes/checkpoints.py", 'before.count("<think>") <= before.count("</think>")', "True", "no_thoughts"),
+    ("recipes/checkpoints.py", "template = FIXED_DATE + template", "pass", "todays_date"),
+    ("recipes/checkpoints.py", "part.output_router_logits = False", "pass", "router"),
+    ("recipes/real.py", "n_steps * args.meta_every // (args.meta_every + 1)", "n_steps", "one_budget", "recipes/test_real.py"),
     # a captured step
     ("harness/capture.py", "self.state.attention_mask[:, columns:] = 0", "pass", "any_length", CAPTURE),
     ("harness/capture.py", "cumulative_length.fill_(known)", "cumulative_length.fill_(0)", "greedily", CAPTURE),
@@ -364,7 +369,7 @@ MUTANTS = [
     ("recipes/parallel.py", "for part in parts], tokens)", "for part in parts], turns)", "joined_conv"),
     ("recipes/parallel.py", "P * (P - 1) * error ** 2 + P * mean ** 2", "P * (P - 1) * error ** 2", "two_ranks"),
     ("recipes/parallel.py", "return None, total(states)", "return None, states", "two_ranks"),
-    ("recipes/parallel.py", "if RANK == 0 else restore(*args)", "if RANK == 0 else args[:2]", "broken_run_goes_on"),
+    ("recipes/parallel.py", "            dist.broadcast(leaf, 0)", "            pass", "broken_run_goes_on"),
     ("recipes/parallel.py", "if len(set(bits)) > 1 or len(set(mu)) > 1:", "if len(set(mu)) > 1:", "one_line"),
     ("recipes/parallel.py", "if len(set(bits)) > 1 or len(set(mu)) > 1:", "if len(set(bits)) > 1:", "one_line"),
     ("recipes/parallel.py", 'if store.add("said", 1) == 1 and line:', "if line:", "one_line"),

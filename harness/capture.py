@@ -1,9 +1,11 @@
 """Sampling's decode step as a CUDA graph: captured once for a shape, then replayed, so that no launch is waited for.
 
-A decode step writes into tensors that keep their shape and place: a Decoding, a static cache, the weights. It never asks
-for a value, so the same function runs by itself (CPUs, MPS, models that cannot be captured) or is replayed by a GPU."""
+A decode step writes into tensors that keep their shape and place: a Decoding, a static cache. It reads weights that
+stay where they are and asks for no value, so the same function runs by itself (CPUs, MPS, models that cannot be
+captured) or is replayed by a GPU."""
 
 import sys
+import warnings
 import weakref
 from typing import Any, NamedTuple
 
@@ -16,7 +18,8 @@ from harness.cache import with_room
 
 LOOK_EVERY = 8  # tokens between looks at whether all are done, each of which waits for the GPU
 WIDTH = 64  # a captured conversation's columns are a multiple of it, so that a graph serves prompts of any length
-KEPT = 6  # graphs of a model: each has a cache of its own
+KEPT = 12  # graphs of a model ...
+KEPT_BYTES = 4 * 2 ** 30  # ... and what their caches may take together, the newest one's apart
 
 
 class Decoding(NamedTuple):
@@ -99,6 +102,11 @@ class Captured:
         """The token of the next column."""
         self.replay()
 
+    @property
+    def n_bytes(self) -> int:
+        """Of its cache."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
 
 def width_of(state: Decoding) -> int:
     """A state's columns, rounded up."""
@@ -106,14 +114,18 @@ def width_of(state: Decoding) -> int:
 
 
 class CudaGraph:
-    """record(once, reset): what calls `once` by replaying its kernels. RuntimeError where that cannot be done."""
+    """record(once, reset): what calls `once` by replaying its kernels. An exception where that cannot be done."""
+    pool = None  # of memory for what comes and goes in a step: no two are replayed at once, so all share it
 
     def __init__(self, once: Any, reset: Any):
         self.graph = torch.cuda.CUDAGraph()
+        if CudaGraph.pool is None:
+            CudaGraph.pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # The random numbers of warming up are nobody's: a resumed run captures at another step, and repeats.
-        with torch.random.fork_rng([torch.cuda.current_device()]):
+        with torch.random.fork_rng([torch.cuda.current_device()]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
             with torch.cuda.stream(stream):
                 for call in range(3):
                     reset()
@@ -126,7 +138,7 @@ class CudaGraph:
                 reset()
             torch.cuda.current_stream().wait_stream(stream)
             # Only this thread's calls may not disturb: with several GPUs another one watches their messages.
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, self.pool, stream, capture_error_mode="thread_local"):
                 once()
 
     def __call__(self) -> None:
@@ -144,6 +156,11 @@ class Recordings:
         self.of_shape = {}  # {(B, W, temperature): its Captured}, the last one used last
         self.refused = False  # it cannot be captured
         self.weights = [weight.data.clone() for weight in model.parameters()]
+
+    def make_room(self) -> None:
+        """Forget what was not used for longest."""
+        while len(self.of_shape) >= KEPT or sum(one.n_bytes for one in self.of_shape.values()) > KEPT_BYTES:
+            del self.of_shape[next(iter(self.of_shape))]
 
     def fit(self, model: Any) -> bool:
         """Is the model still of the kind and on the device that it was?"""
@@ -177,10 +194,9 @@ def decoding(step: Any, model: Any, cache: Any, state: Decoding, temperature: fl
     captured = made.of_shape.pop(shape, None)
     try:
         if captured is None:
-            while len(made.of_shape) >= KEPT:
-                del made.of_shape[next(iter(made.of_shape))]
+            made.make_room()
             captured = Captured(step, model, cache, state, record)
-    except RuntimeError as error:
+    except Exception as error:  # each library and device has its own
         made.refused = True
         made.of_shape.clear()
         text = (str(error).splitlines() or ["no reason given"])[0][:100]

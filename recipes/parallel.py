@@ -1,8 +1,10 @@
-"""amft.py on several GPUs of one machine (or several processes on its CPU), by torchrun.
+"""amft.py on several GPUs, of one machine or of several (or several processes on a CPU), by torchrun.
 
     torchrun --nproc-per-node 8 recipes/parallel.py --task math --data my.jsonl --model hub/name
     torchrun --nproc-per-node 2 recipes/parallel.py --task gp --smoke --device cpu
     torchrun --nproc-per-node 8 recipes/parallel.py --resume runs/math  # or another number of them
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --rdzv-id 1 \
+        recipes/parallel.py --task math --data my.jsonl --model hub/name    # on each of two machines
 
 The flags are amft.py's. Every process, a rank, has the whole policy, theta and Adam's state. Shared
 out are
@@ -11,13 +13,14 @@ out are
     the validation prompts' backward passes                                         (meta_gradient)
     the passes that read the value function's features                           (response_outputs)
 The rest every rank computes alike, of the same numbers: all have one mu and one theta, bit for bit,
-which is looked at after each step. Rank 0 alone writes the run's folder and prints. amft.py knows
-nothing of this: its functions are replaced here, one by one. Samples differ from those of `python
+which is looked at after each step. Rank 0 alone reads and writes the run's folder, and prints; the
+checkpoint and --data lie on every machine, in places of the same names. amft.py knows nothing of this: its functions are replaced here, one by one. Samples differ from those of `python
 amft.py` with the same seed, and with the number of ranks; the same command gives the same log, also
 across a kill and a resume.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import math
 import os
@@ -30,6 +33,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
@@ -63,6 +67,25 @@ def first(function, *args):
     if error:
         raise error
     return value
+
+@dataclasses.dataclass
+class Place:
+    """What a tensor of rank 0's is like."""
+    shape: tuple
+    dtype: torch.dtype
+    on_cpu: bool
+
+def from_first(tree, device):
+    """Rank 0's tensors, in whatever lists, tuples and dicts they are, on every rank."""
+    places = first(lambda: tree_map_only(
+        torch.Tensor, lambda x: Place(tuple(x.shape), x.dtype, x.device.type == "cpu"), tree))
+    if RANK:
+        tree = tree_map_only(Place, lambda place: torch.empty(
+            place.shape, dtype=place.dtype, device="cpu" if place.on_cpu else device), places)
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            dist.broadcast(leaf, 0)
+    return tree
 
 def share(rows):
     """A rank's own of some rows, every WORLD-th: neighbours are alike, so all have like work."""
@@ -195,12 +218,13 @@ def load_policy(alone, config, *rest):
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device not in ("cpu", "cuda"):
         raise ValueError(f"--device {config.device}: here cpu, or cuda, where each has its own")
-    if config.device == "cuda" and WORLD > here:
-        raise ValueError(f"--nproc-per-node {WORLD}: there are {here} GPUs here")
+    own = int(os.environ["LOCAL_WORLD_SIZE"])
+    if config.device == "cuda" and own > here:
+        raise ValueError(f"--nproc-per-node {own}: there are {here} GPUs here")
     return alone(config, *rest)
 
 class Run(amft.Run):
-    """Rank 0's, which has the folder, and the others', which only read the state there."""
+    """Rank 0's, which has the folder, and the others', which may be on other machines."""
 
     def __init__(self, arguments, model):
         self.model, self.asked = model, False
@@ -218,15 +242,23 @@ class Run(amft.Run):
         if RANK == 0:
             super().write(*args, **fields)
 
-    def restore(self, *args):
-        """Rank 0 goes first and cuts the log off; the others then find it as long as it should be.
-
-        None writes before all have read."""
+    def restore(self, theta, adam, modules):
+        """What rank 0 reads of its state, on every rank."""
         made, restore = [], super().restore
-        first(lambda: made.append(restore(*args)))
-        result = made[0] if RANK == 0 else restore(*args)
-        everyones(None)
-        return result
+
+        def read():
+            made.append(restore(theta, adam, modules))
+            return self.t, self.rollouts, self.seconds, self.saved
+        self.t, self.rollouts, self.seconds, self.saved = first(read)
+        if self.saved is None:  # all begin alike
+            return theta, adam
+        states = [module and module.state_dict() for module in modules]
+        (theta, adam), states = from_first((made[0], states) if RANK == 0 else None, theta.device)
+        if RANK:
+            for module, state in zip(modules, states):
+                if module:
+                    module.load_state_dict(state)
+        return theta, adam
 
     def save(self, *args):
         if RANK == 0:
@@ -280,9 +312,8 @@ def start():
 
 def main(argv=None, methods=amft.METHODS, config_class=amft.Config, method_flags=METHOD_FLAGS):
     """amft.main on every rank; where one fails, all end."""
-    local = os.environ.get("LOCAL_WORLD_SIZE")
-    if local is None or local != os.environ["WORLD_SIZE"]:
-        how = f"torchrun --nproc-per-node N {sys.argv[0]}, on one machine"
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        how = f"torchrun --nproc-per-node N {sys.argv[0]}"
         print(f"{program()}: is started by {how}", file=sys.stderr)
         sys.exit(2)
     store, last, line = start(), Last(), ""

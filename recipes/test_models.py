@@ -476,8 +476,10 @@ def test_a_template_that_writes_responses_otherwise_is_refused(
 OPENS = CHATML.replace("{{ m.content }}", "{{ thought }}{{ m.content }}")
 THOUGHT = "{% if m.role == 'assistant' %}{% set thought = '<think>\n' %}{% else %}{% set thought = '' %}{% endif %}"
 CLOSES = {  # by which word a template closes the thought that it opens before every response
-    "field": "{% if m.reasoning_content is string %}{% set thought = thought + m.reasoning_content + '\n</think>\n\n' %}{% endif %}",
-    "word": "{% if enable_thinking is defined and not enable_thinking %}{% set thought = thought + '\n</think>\n\n' %}{% endif %}",
+    "field": "{% if m.reasoning_content is string %}"
+             "{% set thought = thought + m.reasoning_content + '\n</think>\n\n' %}{% endif %}",
+    "word": "{% if enable_thinking is defined and not enable_thinking %}"
+            "{% set thought = thought + '\n</think>\n\n' %}{% endif %}",
     "own": "{% if m.role == 'assistant' and quiet is defined %}{% set thought = '' %}{% endif %}",
     "never": ""}
 
@@ -539,8 +541,8 @@ def test_a_refusal_names_the_kind_of_attention(bpe, tmp_path, capsys, untrained)
     ids = dict(vocab_size=len(tokenizer) + 13, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
     models = {
         "linear attention": transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(
-            **SIZES, **ids, head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
-            linear_num_value_heads=4, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+            **SIZES, **ids, head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8,
+            linear_num_key_heads=2, linear_num_value_heads=4, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
             shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"])),
         "ALiBi": transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=24, n_layer=2, n_head=4, **ids))}
     for kind, model in models.items():

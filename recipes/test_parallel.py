@@ -53,7 +53,7 @@ def grade(self, text):
     return "correct" if len(text) % 2 else "no_answer"
 
 
-def child(folder, rank, count, port, function, args):
+def child(folder, rank, count, machines, port, function, args):
     """Become a rank, and leave what function returns in a file."""
     code = 3
     try:
@@ -64,8 +64,8 @@ def child(folder, rank, count, port, function, args):
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         sys.argv = ["parallel.py"]
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
-            LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+            RANK=str(rank), LOCAL_RANK=str(rank // machines), WORLD_SIZE=str(count),
+            LOCAL_WORLD_SIZE=str(count // machines), MASTER_ADDR="localhost", MASTER_PORT=str(port))
         tasks.Deal.grade = grade
         tasks.GeneralPoints.defaults = {}
         (folder / f"result-{rank}").write_bytes(pickle.dumps(function(rank, *args)))
@@ -78,8 +78,10 @@ def child(folder, rank, count, port, function, args):
         os._exit(code)
 
 
-def ranks(folder, function, *args, count=2):
-    """What `function` returns on each of `count` ranks, or the exit codes where one fails."""
+def ranks(folder, function, *args, count=2, machines=1):
+    """What `function` returns on each of `count` ranks, or the exit codes where one fails.
+
+    machines: they are told to be on so many."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -87,7 +89,7 @@ def ranks(folder, function, *args, count=2):
     for rank in range(count):
         pid = os.fork()
         if pid == 0:
-            child(folder, rank, count, port, function, args)
+            child(folder, rank, count, machines, port, function, args)
         children.append(pid)
     end, codes = time.time() + 120, {}
     while len(codes) < count and time.time() < end:
@@ -116,11 +118,13 @@ def argv(model, out, *flags):
 
 
 def changes(name, args):
-    """Does this event change a file? (see Python's table of audit events)"""
+    """Does this event change a file, or read a run's? (see Python's table of audit events)"""
     if name == "open":
         path, _, flags = args
         if not isinstance(path, (str, bytes)) or os.fsdecode(path).startswith("/dev"):
             return False
+        if os.path.basename(os.fsdecode(path)) in ("state.pt", "metrics.jsonl"):
+            return True  # which another machine has not
         return flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     if name == "os.truncate":  # to the length that it has: nothing is lost
         return os.stat(args[0]).st_size != args[1]
@@ -351,11 +355,12 @@ def test_ranks_of_a_run_are_equal_and_rank_0_alone_writes(unbroken):
     assert "mu ended at" in (folder / "out-0").read_text()
 
 
-@pytest.mark.parametrize("end", ["killed", "stopped"])
-def test_a_broken_run_goes_on(end, unbroken, tiny, tmp_path):
-    """Killed, or stopped by a signal to one rank, and resumed: the log is the unbroken one's."""
+@pytest.mark.parametrize("end, machines", [("killed", 1), ("stopped", 1), ("killed", 2)])
+def test_a_broken_run_goes_on(end, machines, unbroken, tiny, tmp_path):
+    """Killed, or stopped by a signal to one rank, and resumed: the log is the unbroken one's, also
+    on two machines, of which the second has no files of the run's."""
     out, (whole, _) = tmp_path / "run", unbroken
-    codes = ranks(tmp_path, run, argv(tiny, out, *FLAGS), end)
+    codes = ranks(tmp_path, run, argv(tiny, out, *FLAGS), end, machines=machines)
     done = [row["step"] for row in rows(out) if row["kind"] == "step"]
     if end == "stopped":
         assert codes == [130, 130] and done[-1] == 4
@@ -364,7 +369,7 @@ def test_a_broken_run_goes_on(end, unbroken, tiny, tmp_path):
     else:
         assert codes == [-signal.SIGKILL, -signal.SIGKILL] and done[-1] == 5
     assert not (out / "final").exists() and (out / "state.pt").exists()
-    first, second = ranks(tmp_path, run, ["--resume", str(out)])
+    first, second = ranks(tmp_path, run, ["--resume", str(out)], machines=machines)
     assert same(first, second)
     assert len(first["steps"]) == 3 if end == "stopped" else 2 < len(first["steps"]) < 8
     assert rows(out) == rows(whole / "run")
@@ -432,15 +437,36 @@ def test_a_run_that_another_process_writes_is_refused(tiny, tmp_path):
 
 
 def test_only_torchrun_starts_it(monkeypatch, capsys):
-    """Started by itself it would wait for ever; on several machines not all would be there."""
-    for nodes in ({}, dict(LOCAL_WORLD_SIZE="2", WORLD_SIZE="4")):
-        for name, value in nodes.items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(SystemExit) as info:
-            parallel.main(["--smoke"])
-        error = capsys.readouterr().err
-        assert info.value.code == 2 and error.count("\n") == 1
-        assert "torchrun --nproc-per-node" in error
+    """Started by itself it would wait for ever."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit) as info:
+        parallel.main(["--smoke"])
+    error = capsys.readouterr().err
+    assert info.value.code == 2 and error.count("\n") == 1
+    assert "torchrun --nproc-per-node" in error
+
+
+def test_two_machines_are_as_two_ranks_of_one(tiny, tmp_path):
+    """Two torchruns that find each other, in folders of their own: the log of one with two ranks."""
+    def started(out, cwd, *how):
+        cwd.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", *how, str(HERE / "parallel.py"),
+                   *argv(tiny, out, "--steps", "3", "--warmup", "1", "--eval-n", "2")]
+        return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "1",
+            "--rdzv-endpoint", f"localhost:{port}"]
+    machines = [started("run", tmp_path / name, *meet) for name in ("first", "second")]
+    ends = [machine.communicate(timeout=200) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], ends
+    folders = [tmp_path / name / "run" for name in ("first", "second")]
+    mine, = [folder for folder in folders if folder.exists()]  # of rank 0, whichever it is
+    assert sum(said.count("mu ended at") for said, _ in ends) == 1
+    alone = started("run", tmp_path / "alone", "--standalone", "--nproc-per-node", "2")
+    assert alone.communicate(timeout=200) and alone.returncode == 0
+    assert rows(mine) == rows(tmp_path / "alone" / "run")
 
 
 def test_the_command_line(tiny, tmp_path):
