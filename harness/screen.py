@@ -153,7 +153,7 @@ def curves(rows: list[dict], path: Path) -> str:
     success.set(title="share of samples right\nat its best temperature: dotted before training, star after", xlabel="step", ylim=(0, None))
     sharpness.set(title="how undecided, how far from the expert", xlabel="step", ylim=(0, None))
     mu.set(title="mu: 0 is RL, 1 is SFT", ylim=(0, 1))
-    moves.set(title="how far a step moved mu", xlabel="step")
+    moves.set(title="what takes mu off its start", xlabel="step")
     for axis in (success, sharpness, moves):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
