@@ -452,7 +452,7 @@ class PictureDeal(Deal):
 
 class GeneralPoints(Task):
     episode = Deal
-    defaults = dict(model="base/worn", steps=300, warmup=0, lr=2e-4, prompts=8, advantage="group", imitation="rectified",
+    defaults = dict(model="base/worn", steps=300, warmup=0, prompts=8, advantage="group", imitation="rectified",
                     sft_batch=32, utility="val", eval_n=150, val_every=100)
     splits = {
         "val": "rule 10, the multisets of the controller's utility; defaults were chosen on it",

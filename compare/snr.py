@@ -32,7 +32,7 @@ from harness.arguments import CONTROLLER, MethodFlags  # noqa: E402
 
 LOG = RUNS / "snr.jsonl"
 SEEDS = (200, 201, 202)  # no recorded run has these
-FLAGS = "--task gp --model base --sft-batch 64 --steps 300 --mu 0.5 --val-every 0 --eval-n 1"  # gp.json's fixed-0.5
+FLAGS = "--task gp --model base --sft-batch 64 --lr 2e-4 --steps 300 --mu 0.5 --val-every 0 --eval-n 1"  # gp.json's fixed-0.5
 TRACES = (0.0, 0.5, 0.9, 0.98)
 AT = (25, 100, 200)  # the steps after which is measured
 PROMPTS, SAMPLES = 96, 16  # of a measurement
