@@ -4,7 +4,7 @@
     python benchmarks/speed.py --device cpu --steps 12
     python benchmarks/speed.py --model FOLDER --bf16 --prompts 16 --max-new-tokens 100   # SmolLM2: recipes/smollm2.py
 
-The AMFT step is that of `python amft.py --task gp`: 8 prompts x 8 samples, 64 demonstrations. Against TRL:
+The AMFT step is that of `python amft.py --task gp`: 8 prompts x 8 samples, 32 demonstrations. Against TRL:
 same policy, same prompts, same sampling (32 prompts x 8 samples, temperature 1, at most 40 tokens, one
 optimiser step each), the two alternating step by step so that a noisy machine disturbs both alike.
 Learning rates are 0: the policy stays as it is, every step is a draw of the same work, and the two mean

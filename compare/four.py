@@ -1,12 +1,13 @@
-"""The figure of the project: SFT, RL, SFT then RL, a fixed mixture and AMFT at one budget of responses, and mu.
+"""The figure of the project: SFT, RL, SFT then RL, a fixed mixture, AMFT and its null at one budget of responses, and mu.
 
-    python compare/four.py      # one seed of the five into runs/compare/four-SEED (resumable), table and figure
+    python compare/four.py      # one seed of the six into runs/compare/four-SEED (resumable), table and figure
     python compare/four.py --recorded   # of the recorded seeds: compare/recorded/four.png, the README's tables
 
 They are rows of the study worn (compare/worn.json), with the flags that its search chose.
 """
 
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -19,9 +20,9 @@ from compare.plot import NO_MATPLOTLIB, Figure  # noqa: E402
 from compare.tables import interval, markdown, mean_and_half  # noqa: E402
 
 METHODS = {"sft": "SFT", "rl": "RL", "sft-rl": "SFT then RL", "fixed-0.5": "mu fixed at 0.5",
-           "amft": "AMFT"}
+           "amft": "AMFT", "amft-null": "AMFT told noise"}
 COLOURS = {"sft": "tab:blue", "rl": "tab:orange", "sft-rl": "tab:green", "fixed-0.5": "tab:red",
-           "amft": "black"}
+           "amft": "black", "amft-null": "tab:purple"}
 SPLITS = {"id": "training deals", "val": "the controller's deals", "heldout": "unseen deals",
           "ood_rule": "changed rule"}
 DRAWN = ("id", "heldout", "ood_rule")
@@ -46,9 +47,9 @@ def table(study, names=METHODS):
 
 def by_step(study, name, split):
     """(steps, means, halves of their intervals) of success in percent, at the temperature of training."""
-    values = {}
+    values = {0: [100 * study.base[split]["success"]]}  # for all: it was evaluated in one of the rows
     for row in study.of(name, "eval"):
-        if row["split"] == split:
+        if row["split"] == split and row["step"]:
             values.setdefault(row["step"], []).append(100 * row["success"])
     steps = sorted(values)
     halves = [mean_and_half(values[t])[1] if len(values[t]) > 1 else 0 for t in steps]
@@ -58,7 +59,7 @@ def by_step(study, name, split):
 def draw(study, path):
     figure = Figure((15, 3.6), layout="constrained")
     *axes, balance = figure.subplots(1, 4)
-    for aside, name in zip((-8, -4, 0, 4, 8), METHODS):
+    for aside, name in zip((-10, -6, -2, 2, 6, 10), METHODS):
         style = dict(fmt="o-", color=COLOURS[name], label=METHODS[name], capsize=2, linewidth=1.2,
                      markersize=4)
         for axis, split in zip(axes, DRAWN):
@@ -87,7 +88,7 @@ def one_seed(seed, jobs):
     rows = recorded("worn")
     folder = RUNS / f"four-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "spec.json").write_text('{"runs": {}}')
+    (folder / "spec.json").write_text(json.dumps(dict(runs={}, measure=rows[0].get("measure", "success"))))
     runs = [(name, seed, flags_of(rows, name)) for name in METHODS]
     how = SimpleNamespace(jobs=jobs, threads=1, keep=False, list=False)
     if not run_all(runs, folder, rows[0], how):

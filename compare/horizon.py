@@ -29,7 +29,7 @@ from harness.arguments import CONTROLLER, MethodFlags  # noqa: E402
 LOG = RUNS / "horizon.jsonl"
 FOLDER = RUNS / "horizon"
 SEED = 300  # of the trunk; the branches' follow. No recorded run has these
-FLAGS = "--task gp --steps 300 --method trunk --mu 0.5 --val-every 0 --eval-n 110 --eval-samples 1"
+FLAGS = "--task gp --steps 300 --method trunk --mu 0.5 --lr 1e-4 --val-every 0 --eval-n 110 --eval-samples 1"
 AT = (50, 150)  # the steps after which it branches
 HORIZONS = (1, 10, 50)
 SIDES = (0.3, 0.7)
@@ -94,9 +94,6 @@ class Branch(amft.Method):
             raise Measured
         return super().choose_mu(step)
 
-    def state_dict(self):
-        return dict(start=self.start)
-
     def load_state_dict(self, state):  # the trunk's, which has nothing for it
         pass
 
@@ -115,7 +112,7 @@ def grow_branch(at, mu, seed):
     """One branch, if the log has not all of it: the trunk's folder with another mu and seed in its first line."""
     found = [row for row in rows_of(LOG) if row["kind"] == "branch"
              and (row["at"], row["mu"], row["seed"]) == (at, mu, seed)]
-    if len(found) == len(HORIZONS):
+    if {row["horizon"] for row in found} == set(HORIZONS):
         return
     out = FOLDER / "branch"
     shutil.rmtree(out, ignore_errors=True)
@@ -182,9 +179,11 @@ def draw(rows, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=8, help="of branches, at each place")
+    parser.add_argument("--pairs", type=int, default=8, help="of branches, at each place; two at least")
     parser.add_argument("--recorded", action="store_true", help="run nothing")
     args = parser.parse_args(argv)
+    if args.pairs < 2:
+        parser.error(f"--pairs {args.pairs}: at least 2, or there is no error")
     if args.recorded:
         rows, path = rows_of(RECORDED / "horizon.jsonl"), RECORDED / "horizon.png"
     else:

@@ -31,12 +31,15 @@ def test_recorded_tables_are_made_from_the_recorded_rows_alone(study):
 
 def test_the_readmes_print_the_recorded_tables():
     """A table in a README that is not the recorded one."""
-    study = logs.Study(logs.recorded("gp"))
+    study = logs.Study(logs.recorded("worn"))
     readme = (ROOT / "README.md").read_text()
     for line in four.table(study).splitlines()[2:]:
         title, cells = line.removeprefix("| ").split(" | ", 1)
         assert f"| {title.replace('base', 'the policy before')} | {cells}" in readme
     readme = (ROOT / "compare" / "README.md").read_text()
+    assert "\n".join(tables.ends(study, study.names, "best")[1:]) in readme
+    assert "\n".join(tables.paired(study, [name for name in study.names if name != "amft"], "amft")[1:]) in readme
+    study = logs.Study(logs.recorded("gp"))
     ablated = tables.ablations(study, "amft")
     methods = [name for name in study.names if name not in ablated]
     assert "\n".join(tables.ends(study, methods)[1:]) in readme
@@ -339,7 +342,7 @@ def test_differences_from_any_run_are_printed(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["nonsense"], "those are default, gp, snr, tasks"),
+    (["nonsense"], "those are gp, snr, tasks, worn"),
     (["gp", "--against", "nobody"], "must be one of amft, "),
     (["--against", "rl"], "name one study"),
     (["tasks", "--against", "rl"], "its groups: 'gp-1e-4', 'gp-vl', 'math', 'math-1e-4'"),
@@ -521,7 +524,7 @@ flags = sys.argv[1:]
 out = pathlib.Path(flags[flags.index("--out") + 1])
 out.mkdir(parents=True)
 rows = [dict(kind="config", flags=flags), dict(kind="step", step=1, mu=0.5), dict(kind="final")] + [
-    dict(kind="eval", step=t, split=split, n=9, success=t / 2, low=0, high=1, any=1, greedy=1)
+    dict(kind="eval", step=t, split=split, n=9, success=t / 4, low=0, high=1, any=1, best=[t / 2, 0, 1])
     for t in (0, 1) for split in ("val", "id", "heldout", "ood_rule")]
 (out / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
 """
@@ -540,7 +543,7 @@ def test_one_seed_of_the_projects_figure_is_run_with_the_recorded_flags(tmp_path
     assert "| AMFT | 50.0 | 50.0 | 50.0 | 50.0 |" in out and "| base | 0.0 [0, 100] |" in out
     folder = tmp_path / "runs" / "compare" / "four-7"
     assert (folder / "four.png").exists()
-    table = logs.recorded("gp")
+    table = logs.recorded("worn")
     for name in four.METHODS:
         flags = " ".join(logs.read(folder / f"{name}-7")[0]["flags"])
         started = f"{table[0]['common']} {logs.flags_of(table, name)} --seed 7 --out "

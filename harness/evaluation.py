@@ -5,7 +5,7 @@ untrained policy buys without any training. So the headline is success at a poli
 
 from typing import Any, Callable, Iterator
 
-TEMPERATURES = (0, 0.1, 0.3, 0.6, 1)  # 0 is greedy
+TEMPERATURES = (0.0, 0.1, 0.3, 0.6, 1.0)  # 0 is greedy
 SHORT = 4  # samples of an episode where a run only looks how it goes
 
 
@@ -21,7 +21,7 @@ def evaluation(look: Callable, splits: Any, training_temperature: float, samples
     grid = sorted({*TEMPERATURES, training_temperature})
     best = None
     for split in sorted(splits, key=lambda split: split != "val"):
-        needed = grid if best is None else sorted({0, best, training_temperature})
+        needed = grid if best is None else sorted({0.0, best, training_temperature})
         found = {t: look(split, t, samples if t else 1) for t in needed}
         if best is None:
             best = max(grid, key=lambda t: found[t]["success"])
@@ -29,7 +29,7 @@ def evaluation(look: Callable, splits: Any, training_temperature: float, samples
         yield dict(
             found[training_temperature], temperature=best,
             best=[at_best["success"], at_best["low"], at_best["high"]],
-            greedy=found[0]["success"], hits={str(t): row["hits"] for t, row in found.items()})
+            greedy=found[0.0]["success"], hits={f"{t:g}": row["hits"] for t, row in found.items()})
 
 
 def short_evaluation(look: Callable, splits: Any, training_temperature: float) -> Iterator[dict]:

@@ -40,7 +40,7 @@ class Screen:
         if row["kind"] == "eval":
             text = f"after step {row['step']}, {words(row['split'])}: {percent(row)} of samples right"
             if row["whole"]:
-                text += f", {100 * row['best'][0]:.1f}% at its best temperature, {row['temperature']}"
+                text += f", {100 * row['best'][0]:.1f}% at its best temperature, {row['temperature']:g}"
             self.print(text)
         if row["kind"] == "step":
             self.rows.append(row)
@@ -87,9 +87,9 @@ class Screen:
         after = [row for row in evals if row["step"] == self.config.steps]
         self.print(table({"before": before, "after": after} if before else {"after": after}))
         figure = curves(rows, self.folder / "curves.png")
-        changes = ", ".join(f"{words(b['split'])} {100 * b['best'][0]:.0f} -> {100 * a['best'][0]:.0f}"
-                            for b, a in zip(before or after, after))
-        temperatures = " before, ".join(str(rows[0]["temperature"]) for rows in (before, after) if rows) + " after"
+        shares = [[f"{100 * row['best'][0]:.0f}" for row in rows] for rows in zip(*filter(None, (before, after)))]
+        changes = ", ".join(f"{words(row['split'])} {' -> '.join(own)}" for row, own in zip(after, shares))
+        temperatures = " before, ".join(f"{rows[0]['temperature']:g}" for rows in (before, after) if rows) + " after"
         last = [row for row in rows if row["kind"] == "step"][-1]
         self.print(f"Right at its best temperature ({temperatures}), %: {changes}. mu ended at {last['mu']:.2f}; {last['rollouts']} responses in "
                    f"{last['seconds'] / 60:.1f} minutes, the last evaluation apart. {figure}")
@@ -113,9 +113,11 @@ def percent(row: dict, key: str = "") -> str:
 
 def table(columns: dict[str, list[dict]]) -> str:
     """The text of a table of success in percent; columns: {heading: [eval row of each split]}, see harness.evaluation."""
-    lines = [f"{'right, %':42}" + "".join(
-        f"{f'{heading}, at T = ' + str(rows[0]['temperature']):>26}{'one of ' + str(rows[0]['samples']):>11}{'as trained':>12}"
-        for heading, rows in columns.items())]
+    line = f"{'right, %':42}"
+    for heading, rows in columns.items():
+        at = f"{heading}, at T = {rows[0]['temperature']:g}"
+        line += f"{at:>26}{'one of ' + str(rows[0]['samples']):>11}{'as trained':>12}"
+    lines = [line]
     for rows in zip(*columns.values()):
         cells = [f"{percent(row, 'best'):>26}{100 * row['any']:11.0f}{100 * row['success']:12.1f}" for row in rows]
         split = rows[0]["split"]

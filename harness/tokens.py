@@ -13,7 +13,7 @@ def token_ids(tokenizer: Any, text: str, special: bool, template: str | None = N
     return list(_token_ids(tokenizer, text, special, template))
 
 
-@lru_cache(maxsize=2 ** 16)
+@lru_cache(maxsize=2 ** 14)
 def _token_ids(tokenizer: Any, text: str, special: bool, template: str | None) -> tuple:
     if template:
         from recipes.checkpoints import encode_chat

@@ -116,8 +116,11 @@ def run(folder, flags, end):
     process = subprocess.Popen([sys.executable, str(ROOT / "amft.py"), *words])
     try:
         return process.wait(max(1.0, end - time.time() - GRACE))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+    except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)  # it ends its step, and keeps its state
+        process.wait()
+        return 130
+    except KeyboardInterrupt:  # which the process got, too; a second signal would not wait for its step
         process.wait()
         return 130
 
