@@ -258,7 +258,7 @@ def test_the_layout_of_a_new_study(tmp_path):
         "search/amft.0-9": ended(0.4), "search/amft.1-9": ended(0.4)})
     text = "\n".join(lines_of(toy))
     for part in (
-            "Success of sampled responses:", "Solved by any", "Greedy success:",
+            "Success of sampled responses at the temperature of training:", "Solved by any", "Greedy success:",
             "| base | - | 50.0 [40, 60] |", "| base | - | 60.0 |", "| base | - | 40.0 |",
             "| rl | 2 | 75.0 ± 63.5 |", "| rl | 25.0 ± 63.5 |",  # 12.706 * 5
             "| rl | 2 (2 of 2) | 16 |", "| amft | - | - |",  # reach
@@ -267,6 +267,22 @@ def test_the_layout_of_a_new_study(tmp_path):
         assert part in text
     trials = [row for row in logs.collect(toy)[1:] if row["run"].startswith("search/")]
     assert not any(row["kind"] == "step" for row in trials)
+
+
+def test_a_study_at_the_best_temperature(tmp_path):
+    """Success at temperature 1 in the place of the study's measure: in a table, a difference, the choice of a trial."""
+    spec = dict(runs={"rl": "--lr 1", "amft": ["--lr 1", "--lr 2"]}, search=dict(seed=9), measure="best")
+
+    def best(success, share):
+        return [dict(row, best=[share, share - 0.1, share + 0.1], temperature=0.1) if row["kind"] == "eval" else row
+                for row in ended(success)]
+    toy = study(tmp_path, spec, {
+        "rl-0": best(0.5, 0.7), "rl-1": best(0.5, 0.8), "amft-0": best(0.9, 0.6), "amft-1": best(0.9, 0.6),
+        "search/amft.0-9": best(0.9, 0.2), "search/amft.1-9": best(0.1, 0.3)})
+    text = "\n".join(lines_of(toy))
+    table = text[text.index("own best temperature"):]
+    assert "| rl | 2 | 75.0 ± 63.5 |" in table and "| rl | 15.0 ± 63.5 |" in text
+    assert "**--lr 2: 30.0**" in text and "- amft: `--lr 2`" in text
 
 
 def test_a_table_of_all_groups(tmp_path):

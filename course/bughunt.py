@@ -498,7 +498,7 @@ def tested(shop, text, bugs, changes, seconds=SECONDS):
         end, said = run(*edits)
         if end != "ok":
             return set(), f"the test does not pass on the right file: {end}, {said}"
-    found, cut = set(), 0
+    found = set()
     for i, bug in enumerate(bugs):
         if all(run(*edits)[0] == "failed" for edits in ((bug.edit,), (*changes, bug.edit))):
             found.add(i)

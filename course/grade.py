@@ -275,7 +275,7 @@ def asked(exercise, function, seeds):
 
 def told(tests, replies, ended=""):
     """(passed, message) of a function whose process gave these replies; ended: why there are no more of them."""
-    known, found, at, first = verdict.hints(), [], 0, True
+    known, found, at = verdict.hints(), [], 0
     for name, seed, some in tests:
         if found and seed != tests[0][1]:
             break

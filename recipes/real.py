@@ -15,6 +15,7 @@ steps (OUT/real.png). Figures from one seed are a lead, not a result.
 The budget: --responses are sampled by each method that samples, the controller's own on val included, so AMFT takes
 fewer steps of RL. SFT samples none and gets as many steps as RL after the warm-up. Learning rates are those of LR until
 a --search has finished for a method: it tries each of RATES alike, and takes the one that ends best on val.
+Success is at each policy's own best temperature (harness/evaluation.py), in the figure's curves at 1.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def flags_of(method, lr, seed, args):
     if method == "amft":
         n_steps = n_steps * args.meta_every // (args.meta_every + 1)  # the rest are samples of val
     flags = ["--task", args.task, "--method", method, "--model", str(args.model), "--lr", lr, "--seed", str(seed),
-             "--steps", str(n_steps + WARMUP * (method != "rl")), "--eval-n", str(args.eval_n),
+             "--steps", str(n_steps + WARMUP * (method != "rl")), "--eval-n", str(args.eval_n), "--eval-samples", "4",
              "--val-every", str(args.val_every), "--device", args.device, *COMMON[args.task], *OWN[method]]
     if method != "rl":
         flags += ["--sft-batch", str(args.sft_batch), "--imitation", "nll"]
@@ -82,7 +83,7 @@ def best_rate(method, args):
         folder = args.out / "search" / f"{method}-{lr}"
         if rows_of(folder, "final"):
             last = [row for row in rows_of(folder, "eval") if row["split"] == "val"][-1]
-            found[lr] = last["success"]
+            found[lr] = last["best"][0]
     return max(found, key=found.get) if len(found) == len(RATES) else LR[method]
 
 
@@ -100,17 +101,26 @@ def jobs_of(args):
     return jobs
 
 
-def run(folder, flags, end):
-    """A run until it is finished, or until the time `end`; its exit code, 130 where it was stopped."""
-    began = folder.with_suffix(".flags")
+def began_of(folder):
+    """The file with the words that a run was begun with."""
+    return folder.with_suffix(".flags")
+
+
+def refuse_other_flags(folder, flags):
+    """End the program where a run, also a finished one, was begun with others: a table compares like with like."""
+    began = began_of(folder)
     if began.exists() and began.read_text() != shlex.join(flags):
         sys.exit(f"{folder}: was begun with other flags, {began.read_text()}; remove it, or name another --out")
+
+
+def run(folder, flags, end):
+    """A run until it is finished, or until the time `end`; its exit code, 130 where it was stopped."""
     if (folder / "state.pt").exists():
         words = ["--resume", str(folder)]
     else:
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        began.write_text(shlex.join(flags))
+        began_of(folder).write_text(shlex.join(flags))
         words = [*flags, "--out", str(folder)]
     print(f"$ python amft.py {shlex.join(words)}", flush=True)
     process = subprocess.Popen([sys.executable, str(ROOT / "amft.py"), *words])
@@ -148,17 +158,17 @@ def report(args):
 
 
 def table_lines(done):
-    """Markdown: mean success of samples in percent on each split, over seeds; each seed's in brackets."""
+    """Markdown: mean success in percent at each policy's best temperature on val, over seeds; each seed's in brackets."""
     first = next(iter(done.values()))[0]
     before = {row["split"]: row for row in rows_of(first, "eval") if row["step"] == 0}
     lines = ["| method | " + " | ".join(before) + " | mu at the end | responses | minutes | learning rate |",
              "|---|" + "---|" * (len(before) + 4)]
-    base = [f"{100 * row['success']:.1f}" for row in before.values()]
+    base = [f"{100 * row['best'][0]:.1f}" for row in before.values()]
     lines.append("| before | " + " | ".join(base) + " | | 0 | | |")
     for method, folders in done.items():
         cells = []
         for split in before:
-            values = [100 * last_of(folder, split)["success"] for folder in folders]
+            values = [100 * last_of(folder, split)["best"][0] for folder in folders]
             each = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{each}")
         steps = [rows_of(folder, "step")[-1] for folder in folders]
@@ -226,6 +236,7 @@ def main(argv=None):
     args = arguments(argv)
     end = time.time() + 60 * args.minutes
     for folder, flags in jobs_of(args).items():
+        refuse_other_flags(folder, flags)
         if rows_of(folder, "final"):
             tidy(folder, args)
             continue

@@ -68,8 +68,9 @@ def test_a_search_chooses_by_val(tmp_path):
         assert real.best_rate("rl", args) == real.LR["rl"]
         folder = tmp_path / "search" / f"rl-{rate}"
         folder.mkdir(parents=True)
-        rows = [dict(kind="eval", split="val", success=0.9), dict(kind="eval", split="val", success=val),
-                dict(kind="eval", split="id", success=1 - val), dict(kind="final")]
+        rows = [dict(kind="eval", split="val", best=[0.9, 0, 1]),
+                dict(kind="eval", split="val", success=1 - val, best=[val, 0, 1]),
+                dict(kind="eval", split="id", best=[1 - val, 0, 1]), dict(kind="final")]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert real.best_rate("rl", args) == real.RATES[1]
     assert shlex.join(next(iter(real.jobs_of(args).values()))).count(f"--lr {real.LR['sft']}") == 1
