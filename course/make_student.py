@@ -38,7 +38,7 @@ SOLUTION = HERE.parent
 WIDTH = 100
 POLICY = "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json".split()
 COPIED = ["requirements.txt", "LICENSE", "base/README.md",
-          *(f"{folder}/{name}" for folder in ("base", "base-vl") for name in POLICY)]
+          *(f"{folder}/{name}" for folder in ("base", "base/worn", "base-vl") for name in POLICY)]
 HANDED_OUT = "handout.md written.md conftest.py test_exercises.py verdict.py check.py".split()  # of this folder, where they are; and the handout's figures
 
 
@@ -89,7 +89,7 @@ def visible_table(text, hidden):
 def copy(names, out):
     """Files of the solution, into a folder."""
     for name in names:
-        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(SOLUTION / name, out / name)
 
 

@@ -170,16 +170,18 @@ mean = sum(found) / P
 return mean, math.sqrt(sum((x - mean) ** 2 for x in found) / (P - 1) / P)
 """),
     (9, """
-import statistics
 force = config.eta_h * (target_entropy - entropy)
-known = [(s, e) for s, e in estimates if e]
-meta = 0.0
-if known and config.controller == "paper":
-    meta = config.eta_mu * sum(s for s, _ in known)
-elif known:
-    evidence = memory * evidence[0] + sum(s for s, _ in known), memory * memory * evidence[1] + sum(e * e for _, e in known)
-    meta = config.eta_mu * (2 * statistics.NormalDist().cdf(evidence[0] / evidence[1] ** 0.5) - 1)
-return max(config.mu_min, min(config.mu_max, mu + meta + force)), evidence, (meta, force)
+if config.controller == "paper":
+    start, meta = mu, config.eta_mu * sum(s for s, e in estimates if e)
+else:
+    old, many = evidence
+    new = [s / e for s, e in estimates if e]
+    if new:
+        old, many = memory * old, memory * many
+    evidence = old + sum(new), many + len(new)
+    weights = [odds * math.exp(-effect * evidence[0]), math.exp(evidence[1] * effect * effect / 2), odds * math.exp(effect * evidence[0])]
+    start, meta = config.mu, config.eta_mu * (weights[2] - weights[0]) / sum(weights)
+return max(config.mu_min, min(config.mu_max, start + meta + force)), evidence, (meta, force)
 """),
     (10, """
 from collections import Counter
