@@ -1036,4 +1036,10 @@ def draw(pictures, path, columns=6):
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--show", choices=TASKS, default="gp", help="the task to print, and to draw")
-    show_task(arguments.parse_args().show)
+    import os  # here: a course grades bodies that see this module's names
+    import sys
+    try:
+        show_task(arguments.parse_args().show)
+        sys.stdout.flush()
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

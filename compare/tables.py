@@ -412,9 +412,20 @@ def signal_cells(rows, many):
             f"{size:.1e}", f"{noise:.1e}", f"{z:.2f}", need]
 
 
+def horizon(rows):
+    """What mu does to success at each horizon, and what the meta-gradient says of it (see horizon.py)."""
+    from compare import horizon as study  # which takes its markdown from here
+    return [
+        "# What mu does, and what the meta-gradient says", "",
+        f"Made by `python compare/tables.py horizon` from `horizon.jsonl`: `python amft.py {study.FLAGS}` (method fixed), branched "
+        f"at mu = {study.SIDES[0]} and {study.SIDES[1]} with the same prompts, demonstrations and noise; success of {study.SAMPLES} "
+        f"samples of every validation deal at temperature 1. Estimates: {study.PROMPTS} prompts x {study.SAMPLES} samples.", "",
+        study.table(rows)]
+
+
 # --- Command line ---------------------------------------------------------------------------------
 
-LAYOUTS = {"snr": snr}  # of the others: plain
+LAYOUTS = {"snr": snr, "horizon": horizon}  # of the others: plain
 
 
 def text(study):
