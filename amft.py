@@ -513,9 +513,8 @@ def meta_gradient(model: Model, d_theta: Tensor, rollouts: Rollouts, config: Con
         def weighted(logps, rows):
             of_responses = (logps * batch.response_mask[rows]).sum(1)  # log pi(y|x), (b,)
             return (scale * values[p][rows] * of_responses).sum() / G
-        grad, _, _ = loss_gradient(model, batch, values[p].unsqueeze(1), weighted, config,
-                                   config.temperature)
-        slopes[p] = grad @ d_theta
+        slopes[p] = d_theta @ loss_gradient(
+            model, batch, values[p].unsqueeze(1), weighted, config, config.temperature)[0]
     return slopes.mean().item(), slopes.std().item() / math.sqrt(P)
 
 def own_meta_gradient(g_rl: Tensor, d_theta: Tensor, batch: Batch, scale: float) -> tuple:

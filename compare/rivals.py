@@ -418,7 +418,7 @@ METHOD_FLAGS.update({
     "relift": flags(OWN_MU, warmup=0, sft_batch=16),
     "cosine": flags(OWN_MU, ["peak", "valley"], warmup=0),
     "chord": flags(["warmup", "imitation", *CONTROLLER], warmup=0, mu=0.1),
-    "gac": flags(["controller", "eta_h", "utility", "trace"], ["memory"], mu_max=0.9),
+    "gac": flags(["controller", "eta_h", "utility", "trace"], ["memory"], mu_max=0.9, eta_mu=0.05),
     "superrl": flags(OWN_DEMOS, warmup=0),
     "hpt": flags(OWN_DEMOS, ["gate"], warmup=0),
     "dyme": flags(OWN_DEMOS, warmup=0),

@@ -88,7 +88,7 @@ def test_the_null_is_told_noise_of_the_estimates_own_error(monkeypatch):
 
 def test_the_sum_adds_up_and_goes_to_an_end(monkeypatch):
     """The rule as it was: z = -2 moves mu by 0.05 (2 Phi(-2) - 1), and goes on doing so."""
-    sums = controllers.Sum(amft.Config(warmup=0))
+    sums = controllers.Sum(amft.Config(warmup=0, **controllers.ADDS_UP))
     monkeypatch.setattr(amft.Controller, "estimates", lambda self, step: [(-4.0, 2.0)])
     sums.sensitivity = (None, None, None)
     rollouts = SimpleNamespace(entropy=1.0)

@@ -623,7 +623,7 @@ def test_every_flag_is_explained_and_used_by_some_method(capsys):
         assert name in said and {*row.unused, *row.defaults} <= fields
 
 
-@pytest.mark.parametrize("study", ["default", "gp", "tasks"])
+@pytest.mark.parametrize("study", ["gp", "tasks", "worn"])
 def test_recorded_flags_still_mean_what_they_meant(study, monkeypatch, tmp_path):
     """A default or a flag whose change would make another run of a recorded one's command."""
     monkeypatch.undo()  # with the tasks' defaults
@@ -634,8 +634,11 @@ def test_recorded_flags_still_mean_what_they_meant(study, monkeypatch, tmp_path)
         words = logs.words(table[0], logs.flags_of(table, row["run"]), row["seed"])
         words += ["--out", str(tmp_path / "new")]
         config = parse(words, rivals.Config, tasks.TASKS, rivals.METHOD_FLAGS).config
-        read = {key: value for key, value in vars(config).items() if key in row}
+        unused = rivals.METHOD_FLAGS[config.method].unused
+        read = {key: value for key, value in vars(config).items() if key in row and key not in unused}
         read["device"] = row["device"]
+        if study != "worn":  # its rule was amft's then
+            read["method"] = read["method"].replace("amft-sum", "amft")
         assert read == {key: row[key] for key in read}
 
 

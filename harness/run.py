@@ -29,6 +29,7 @@ class Run:
     def __init__(self, arguments: Any, model: Any):
         """Take the folder. ValueError where another process is writing there."""
         config, folder, new, verbose = arguments
+        self.config = config
         self.folder = folder
         self.log = folder / "metrics.jsonl"
         self.state = folder / "state.pt"
@@ -146,11 +147,10 @@ class Run:
 
     def evaluate(self, evaluate: Any, splits: Any, whole: bool = True) -> None:
         """A row of the log for each split; whole: at every policy's best temperature, too (harness.evaluation)."""
-        config = self.screen.config
         if whole:
-            rows = evaluation(evaluate, splits, config.temperature, config.eval_samples)
+            rows = evaluation(evaluate, splits, self.config.temperature, self.config.eval_samples)
         else:
-            rows = short_evaluation(evaluate, splits, config.temperature)
+            rows = short_evaluation(evaluate, splits, self.config.temperature)
         for row in tqdm(rows, desc="evaluation", total=len(splits), leave=False, disable=None):
             self.write("eval", step=self.t, whole=whole, **row)
 

@@ -361,7 +361,7 @@ def test_a_run_is_saved_loaded_and_evaluated(family, checkpoint, tmp_path, rewar
         seen.append(evaluate(*args))
         return seen[-1]
     monkeypatch.setattr(amft, "evaluate", watched)
-    amft.main([*RUN[:6], "--eval-n", "3", "--eval-only", "--model", str(out / "final")])
+    amft.main([*RUN[:6], "--eval-n", "3", "--eval-samples", "4", "--eval-only", "--model", str(out / "final")])
     last = [row for row in rows if row["kind"] == "eval"][-1]
     at_training = [row for row in seen if row["split"] == last["split"]][-1]
     for key, value in at_training.items():
