@@ -81,7 +81,7 @@ MUTANTS = [
      "            theta = theta - step.lr * step.g_rl\n            method.before_update(step,", "hang_together"),
     # the meta-gradient
     ("amft.py", "(logps * batch.response_mask[rows]).sum(1)", "logps[:, 0]", "slow_loop or unbiased"),
-    ("amft.py", "weighted, config,\n                                   config.temperature)", "weighted, config)",
+    ("amft.py", "weighted, config, config.temperature)", "weighted, config)",
      "exactly_unbiased or slow_loop"),
     ("amft.py", "(scale * values[p][rows]", "(values[p][rows]", "meta_gradient_against_a_slow_loop"),
     ("amft.py", "(scale * values[p][rows]", "(scale * values[p][:len(rows)]",
