@@ -183,7 +183,7 @@ def test_a_replay_reads_the_weights_that_the_model_has_now(taped):
 def test_a_step_of_training_on_replayed_samples(taped, tmp_path):
     """A run whose samples are replayed: the log of the same run without."""
     rows = []
-    argv = ["--task", "gp", "--smoke", "--device", "cpu", "--steps", "5", "--eval-n", "8"]
+    argv = ["--task", "gp", "--model", "base", "--smoke", "--device", "cpu", "--steps", "5", "--eval-n", "8"]
     for record in (Tape, None):
         if record is None:
             capture.RECORD.pop("cpu")
