@@ -368,7 +368,7 @@ WRONG = [
     (8, "part, config.temperature) * part.response_mask)", "part, config.temperature))", "whole_batch_mask"),
     (8, ".sum() / G", ".sum()", "sum_of_samples"),
     (8, " * batch.response_mask[rows]", "", "whole_batch_mask"),
-    (8, f"config,\n{' ' * 35}config.temperature)", "config)", "no_temperature"),
+    (8, "weighted, config, config.temperature)", "weighted, config)", "no_temperature"),
     (8, "group_advantages(rollouts.success) if advantages is None else advantages", "group_advantages(rollouts.success)",
      "given_ignored"),
     (8, "slopes.mean().item()", "slopes.sum().item()", "sum_of_prompts"),
