@@ -358,7 +358,7 @@ def test_differences_from_any_run_are_printed(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["nonsense"], "those are gp, snr, tasks, worn"),
+    (["nonsense"], "those are gp, horizon, snr, tasks, worn"),
     (["gp", "--against", "nobody"], "must be one of amft, "),
     (["--against", "rl"], "name one study"),
     (["tasks", "--against", "rl"], "its groups: 'gp-1e-4', 'gp-vl', 'math', 'math-1e-4'"),
