@@ -7,7 +7,7 @@
 
 An entry is a name, flags of amft.py, a seed, and what it claims. The same seed gives the same run on the same kind of CPU, so
 a claim is checked by running it again: what counts is what comes out here. Success is of sampled responses to EVAL_N
-validation deals, four each, at each of TEMPERATURES, by the published `evaluate`; the best of them is the score, since a
+validation deals, four each, at the best of TEMPERATURES, as every run of amft.py is evaluated (harness/evaluation.py): a
 policy that merely became sharper is to gain nothing against the untouched one, which may also be asked at its best.
 """
 
@@ -19,11 +19,15 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-TEMPERATURES, EVAL_N = (1.0, 0.7, 0.5, 0.3, 0.1), 200
+sys.path.insert(0, str(ROOT))
+from harness.evaluation import TEMPERATURES, evaluation  # noqa: E402
+
+EVAL_N = 200
 TOLERANCE = 0.02  # of a claim, on another kind of CPU
 SECONDS = 3600  # of one run
 # What an entry may set: the algorithm. The task, the start, files and the device are the same for all.
@@ -65,16 +69,13 @@ def trained(entry, code, folder):
 
 def measured(model, eval_n=EVAL_N):
     """(success, temperature) of a policy on validation deals at its best temperature, by the published functions."""
-    sys.path.insert(0, str(ROOT))
     import amft
     import tasks
-    task, found = tasks.GeneralPoints(), []
+    task = tasks.GeneralPoints()
     config = amft.Config(model=model, device="cpu", eval_n=eval_n)
     policy = amft.load_policy(config, task, amft, learns=False)
-    for temperature in TEMPERATURES:
-        row = amft.evaluate(*policy, task, config, "val", temperature, samples=4)
-        found.append((row["success"], temperature))
-    return max(found)
+    row = next(evaluation(partial(amft.evaluate, *policy, task, config), ["val"], 1.0, samples=4))
+    return row["best"][0], row["temperature"]
 
 
 def check(entry, most, code=ROOT, eval_n=EVAL_N):

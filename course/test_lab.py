@@ -240,12 +240,11 @@ def test_a_leaderboard_entry_sets_the_algorithm_alone(tmp_path):
 
 
 @slow
-def test_a_leaderboard_entry_is_run_again(monkeypatch):
+def test_a_leaderboard_entry_is_run_again():
     """A claim that is taken at its word, or more responses than are allowed."""
-    monkeypatch.setattr(leaderboard, "TEMPERATURES", (0.1,))
     entry = dict(name="a", flags="--steps 2 --prompts 2 --samples 2 --sft-batch 4 --demos 9 --warmup 0", seed=1, claim=0.999, at=0.1)
     success, temperature, responses, wrong = leaderboard.check(entry, 99, eval_n=5)
-    assert temperature == 0.1 and responses >= 8 and wrong == "claims 0.999" and 0 <= success < 1
+    assert temperature in leaderboard.TEMPERATURES and responses >= 8 and wrong == "claims 0.999" and 0 <= success < 1
     assert "at most 1" in leaderboard.check({**entry, "claim": success}, 1, eval_n=5)[3]
 
 
