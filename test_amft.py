@@ -3347,3 +3347,18 @@ def test_base_recipes_run_and_make_the_shipped_tokenizer(shipped_as, tmp_path, t
     assert configs[0] == configs[1]
     sizes = [file.stat().st_size for file in kept.iterdir() if file.is_file()]
     assert sum(sizes) < 10 * 2 ** 20
+
+
+def test_the_worn_base_is_the_base_with_noise(tmp_path):
+    """Another policy in base/worn than its recipe says; noise that is not each matrix's own, or in the norms."""
+    make = importlib.import_module("make")
+    flags = ["--init", str(HERE / "base"), "--noise", "0.45", "--steps", "0", "--device", "cpu"]
+    make.main([*flags, "--out", str(tmp_path / "made")])
+    made, worn, base = (load(folder) for folder in (tmp_path / "made", HERE / "base" / "worn", HERE / "base"))
+    for name, weight in worn.state_dict().items():
+        torch.testing.assert_close(made.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
+        before = base.state_dict()[name]
+        if weight.ndim == 2:
+            assert (weight - before).std() == pytest.approx(0.45 * before.std(), rel=0.05)
+        else:
+            assert torch.equal(weight, before)

@@ -272,12 +272,12 @@ def wear(model, share):
 
 def learning_rate(step, steps):
     """Share of the peak: up over 100 steps, then a cosine to 1%."""
-    warm = (step + 1) / min(100, max(steps, 1))
-    return min(warm, 0.505 + 0.495 * math.cos(math.pi * step / max(steps, 1)))
+    warm = (step + 1) / min(100, steps)
+    return min(warm, 0.505 + 0.495 * math.cos(math.pi * step / steps))
 
 
 def pretrain(model, tokenizer, families, rows, width, args):
-    """Train it in place; the running mean of the loss, nan after no step."""
+    """Train it in place; the running mean of the loss."""
     rng = random.Random(args.seed)
     used = dict.fromkeys(families, 0)
     forward = torch.compile(model) if args.compile else model
@@ -288,7 +288,7 @@ def pretrain(model, tokenizer, families, rows, width, args):
     causal = torch.ones(width, width, dtype=torch.bool, device=args.device).tril()
     device_type = torch.device(args.device).type
     bar = trange(args.steps, desc="pretraining", mininterval=5)
-    smooth = math.nan
+    smooth = None
     for _ in bar:
         batch = make_rows(tokenizer, rows, width, families, args.pictures, rng, used)
         ids, labels, positions, documents, pixels = (
@@ -305,7 +305,7 @@ def pretrain(model, tokenizer, families, rows, width, args):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix(loss=f"{smooth:.4f}")
     return smooth
 
@@ -345,15 +345,17 @@ def main(argv=None):
     if args.init:
         warm_start(model, tokenizer, args.init)
     wear(model, args.noise)
-    start = time.time()
-    loss = pretrain(model, tokenizer, families, rows, width, args)
-    minutes = (time.time() - start) / 60
+    trained = ""
+    if args.steps:
+        start = time.time()
+        loss = pretrain(model, tokenizer, families, rows, width, args)
+        minutes = (time.time() - start) / 60
+        trained = (f", {args.steps} steps of {rows} rows of {width} tokens, loss {loss:.4f}, {minutes:.1f} minutes on "
+                   f"{args.device} ({torch.get_num_threads()} threads)")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{out}: {parameters:,} parameters, {args.steps} steps of {rows} rows of {width} tokens, "
-          f"loss {loss:.4f}, {minutes:.1f} minutes on {args.device} "
-          f"({torch.get_num_threads()} threads)")
+    print(f"{out}: {parameters:,} parameters{trained}")
 
 
 if __name__ == "__main__":
