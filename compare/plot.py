@@ -132,7 +132,8 @@ def curves(study, width=5):
 
 
 def forces(axis, study, name):
-    """Running sums of AMFT's two forces."""
+    """AMFT's two forces: their running sums where the rule adds them up, as amft-sum does."""
+    adds_up = "amft-sum" in str(study.spec["runs"].get(study.full(name)))
     seeds = study.seeds(name)
     for seed in seeds:
         rows = study.of(name, "step", seed)
@@ -140,12 +141,12 @@ def forces(axis, study, name):
         gaps = [step - before for before, step in zip([0, *steps], steps)]
         # All that the estimates moved is recorded; of the entropy's force, of every step, a sample.
         meta = [row["meta_force"] or 0.0 for row in rows]
-        entropy = [(row["entropy_force"] or 0.0) * gap for row, gap in zip(rows, gaps)]
+        entropy = [(row["entropy_force"] or 0.0) * (gap if adds_up else 1) for row, gap in zip(rows, gaps)]
         for moves, style, label in ((meta, "-", "meta force"), (entropy, ":", "entropy force")):
-            axis.plot(steps, list(accumulate(moves)), style, linewidth=1, color=f"C{seed}",
+            axis.plot(steps, list(accumulate(moves)) if adds_up else moves, style, linewidth=1, color=f"C{seed}",
                       label=label if seed == seeds[0] else None)
     axis.legend(fontsize=8)
-    axis.set_title("running sums of its two forces", fontsize=9)
+    axis.set_title("running sums of its two forces" if adds_up else "its two forces", fontsize=9)
 
 
 def sft_norms(axis, study, name):

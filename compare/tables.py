@@ -417,9 +417,11 @@ def horizon(rows):
     from compare import horizon as study  # which takes its markdown from here
     return [
         "# What mu does, and what the meta-gradient says", "",
-        f"Made by `python compare/tables.py horizon` from `horizon.jsonl`: `python amft.py {study.FLAGS}` (method fixed), branched "
-        f"at mu = {study.SIDES[0]} and {study.SIDES[1]} with the same prompts, demonstrations and noise; success of {study.SAMPLES} "
-        f"samples of every validation deal at temperature 1. Estimates: {study.PROMPTS} prompts x {study.SAMPLES} samples.", "",
+        f"Made by `python compare/tables.py horizon` from `horizon.jsonl`: the run of `python amft.py "
+        f"{study.FLAGS.replace('--method trunk', '--method fixed --warmup 0')} --seed {study.SEED}`, branched at mu = "
+        f"{study.SIDES[0]} and {study.SIDES[1]} with the same prompts, demonstrations and noise; success of "
+        f"{study.SAMPLES} samples of every validation deal at temperature 1. Estimates: {study.PROMPTS} prompts x "
+        f"{study.SAMPLES} samples.", "",
         study.table(rows)]
 
 
