@@ -12,7 +12,7 @@ and a controller learns their balance mu from what mu does to success on held-ou
 
 Differs from the paper:
     Eq. 5 goes through the step that is taken (clipping, AdamW, momentum), not through plain SGD
-    Eq. 6 holds mu at --mu, off it by how sure dU/dmu's sign is (--controller paper: to the letter)
+    Eq. 6 moves mu off --mu by how sure dU/dmu's sign is (--controller paper: to the letter)
     U can also be of the step's own prompts, for a dot product (--utility val: Eq. 4)
     the entropy's sign is Eq. 6's; the paper's text has the other one (--eta-h below 0)
     both losses are divided by their batch's response tokens; the paper leaves it open
@@ -47,10 +47,10 @@ from tasks import IMAGE, TASKS, Task
 class Config(RunConfig):
     """flag(default, help, low, high). RunConfig has the run's: steps, task, model, seed, eval_n."""
     # The mixture, and the step
-    lr: float = flag(1e-4, "alpha at the first step; it falls linearly to 0", 1e-12)
     method: str = flag("amft", "what chooses mu")
     mu: float = flag(0.5, "mu of fixed, and where amft starts", 0, 1)
     warmup: int = flag(10, "W: the first steps, SFT alone; of sft-rl 0: half", 0)
+    lr: float = flag(1e-4, "alpha at the first step; it falls linearly to 0", 1e-12)
     # The controller
     controller: str = flag("evidence", "paper: Eq. 6 as printed", choices=("evidence", "paper"))
     eta_mu: float = flag(0.45, "most that dU/dmu moves mu; paper: its rate; 0: none", 0)
@@ -527,7 +527,8 @@ def own_meta_gradient(g_rl: Tensor, d_theta: Tensor, batch: Batch, scale: float)
 def update_mu(mu: float, entropy: float, target_entropy: float, estimates: list, evidence: tuple,
               config: Config, memory: float = 0.98, effect: float = 0.4,
               odds: float = 0.2) -> tuple:
-    """Eq. 6 -> (mu', evidence', (meta force, entropy force)); evidence: fading (sum of z, n)."""
+    """Eq. 6 -> (mu', evidence', (meta force, entropy force)). estimates: new (dU/dmu, its standard
+    error); evidence: fading (sum of their ratios z, their number)."""
     # Differs from the paper's text, which has the other sign: Eq. 6 lifts mu where H is below H*.
     entropy_force = config.eta_h * (target_entropy - entropy)
     if config.controller == "paper":

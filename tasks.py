@@ -145,7 +145,8 @@ class Task:
         """What an evaluation tells of its episodes, played to their ends, each `samples` times, those together.
 
         success, low, high: of responses, which is what Eq. 1 maximises, with its 95% interval; hits: of each episode,
-        how many of its samples were successes; any: of the episodes, how many had one. Of the responses: outcomes, and where they say something else, each as (share, low, high), step_accuracy of single responses,
+        how many of its samples were successes; any: of the episodes, how many had one. Of the responses: outcomes, and
+        where they say something else, each as (share, low, high), step_accuracy of single responses,
         first_try, solved without a failed attempt, and recognition, responses that read right what was shown.
         """
         success, low, high = interval([(e.success, e.unit) for e in played])

@@ -1,5 +1,6 @@
 """What one GPU does: 128 replies of 100 tokens by a policy of SmolLM2-135M's shape, beside the least that memory
-allows; what rounding does to PPO's ratio; then seconds a step and peak memory of the default run, and of random weights in the shape of Qwen2.5-0.5B.
+allows; what rounding does to PPO's ratio; then seconds a step and peak memory of the default run, and of random weights
+in the shape of Qwen2.5-0.5B.
 
     python benchmarks/gpu.py                         # needs a GPU of 24 GB
     python benchmarks/gpu.py --only sampling --model FOLDER    # 128 x 100 tokens of a checkpoint, alone

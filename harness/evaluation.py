@@ -17,6 +17,7 @@ def evaluation(look: Callable, splits: Any, training_temperature: float, samples
         best            [success, low, high] there
         greedy          success at temperature 0
         hits            {temperature: of each episode, how many samples were right}; on val of every temperature
+    On val the best of several temperatures flatters a little, every policy alike; on the others nothing was chosen.
     Where val is not among the splits, the first one stands in for it."""
     grid = sorted({*TEMPERATURES, training_temperature})
     best = None

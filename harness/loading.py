@@ -80,7 +80,7 @@ def is_shipped(config: Any, task: Any) -> bool:
     room = task.defaults.get("max_new_tokens", type(config).max_new_tokens)
     unusual = (config.data, config.data_test, config.bf16, config.gradient_checkpointing,
                config.chat_template_kwargs)
-    return config.model in ("base", "base/worn") and config.max_new_tokens == room and not any(unusual)
+    return config.model in ("base", task.defaults.get("model")) and config.max_new_tokens == room and not any(unusual)
 
 
 def make_task(config: Any, tasks: dict) -> Any:

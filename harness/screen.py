@@ -87,12 +87,15 @@ class Screen:
         after = [row for row in evals if row["step"] == self.config.steps]
         self.print(table({"before": before, "after": after} if before else {"after": after}))
         figure = curves(rows, self.folder / "curves.png")
-        shares = [[f"{100 * row['best'][0]:.0f}" for row in rows] for rows in zip(*filter(None, (before, after)))]
-        changes = ", ".join(f"{words(row['split'])} {' -> '.join(own)}" for row, own in zip(after, shares))
-        temperatures = " before, ".join(f"{rows[0]['temperature']:g}" for rows in (before, after) if rows) + " after"
+        temperatures = f"{after[0]['temperature']:g} after"
+        if before:
+            temperatures = f"{before[0]['temperature']:g} before, {temperatures}"
+        starts = {row["split"]: f"{100 * row['best'][0]:.0f} -> " for row in before}
+        changes = [f"{words(row['split'])} {starts.get(row['split'], '')}{100 * row['best'][0]:.0f}" for row in after]
         last = [row for row in rows if row["kind"] == "step"][-1]
-        self.print(f"Right at its best temperature ({temperatures}), %: {changes}. mu ended at {last['mu']:.2f}; {last['rollouts']} responses in "
-                   f"{last['seconds'] / 60:.1f} minutes, the last evaluation apart. {figure}")
+        self.print(f"Right at its best temperature ({temperatures}), %: {', '.join(changes)}. mu ended at "
+                   f"{last['mu']:.2f}; {last['rollouts']} responses in {last['seconds'] / 60:.1f} minutes, the last "
+                   f"evaluation apart. {figure}")
 
 
 def words(split: str) -> str:
@@ -122,7 +125,8 @@ def table(columns: dict[str, list[dict]]) -> str:
         cells = [f"{percent(row, 'best'):>26}{100 * row['any']:11.0f}{100 * row['success']:12.1f}" for row in rows]
         split = rows[0]["split"]
         lines.append(f"{words(split) + f' ({split})' * (split in WORDS):42}" + "".join(cells))
-    lines.append("T: each policy's best temperature on the first line's problems; as trained, one of n: at the temperature of training")
+    lines.append("T: each policy's best temperature on the first line's problems; as trained, one of n: at the "
+                 "temperature of training")
     return "\n".join(lines)
 
 
@@ -152,7 +156,8 @@ def curves(rows: list[dict], path: Path) -> str:
     curve(mu, "mu", "mu", color="black")
     curve(moves, "meta_force", "by the meta-gradient", linewidth=0.8)
     curve(moves, "entropy_force", "by the entropy", linewidth=0.8)
-    success.set(title="share of samples right\nat its best temperature: dotted before training, star after", xlabel="step", ylim=(0, None))
+    success.set(title="share of samples right\nat its best temperature: dotted before training, star after",
+                xlabel="step", ylim=(0, None))
     sharpness.set(title="how undecided, how far from the expert", xlabel="step", ylim=(0, None))
     mu.set(title="mu: 0 is RL, 1 is SFT", ylim=(0, 1))
     moves.set(title="what takes mu off its start", xlabel="step")

@@ -14,8 +14,8 @@ out are
     the passes that read the value function's features                           (response_outputs)
 The rest every rank computes alike, of the same numbers: all have one mu and one theta, bit for bit,
 which is looked at after each step. Rank 0 alone reads and writes the run's folder, and prints; the
-checkpoint and --data lie on every machine, in places of the same names. amft.py knows nothing of this: its functions are replaced here, one by one. Samples differ from those of `python
-amft.py` with the same seed, and with the number of ranks; the same command gives the same log, also
+checkpoint and --data lie on every machine, in places of the same names. amft.py knows nothing of this:
+its functions are replaced here, one by one. Samples differ from those of `python amft.py` with the same seed, and with the number of ranks; the same command gives the same log, also
 across a kill and a resume.
 """
 

@@ -34,7 +34,6 @@ sys.path.insert(0, str(ROOT))
 from harness.arguments import read_log  # noqa: E402
 
 WARMUP = 12  # steps of SFT before any RL
-MIXED = ("sft-rl", "fixed", "amft")  # methods with that warm-up
 RATES = ("1e-5", "3e-5", "1e-4")  # that a search tries
 LR = {"sft": "5e-5", "rl": "2e-5", "sft-rl": "2e-5", "fixed": "5e-5", "amft": "5e-5"}  # guesses, not searched
 OWN = {

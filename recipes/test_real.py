@@ -33,7 +33,7 @@ def test_methods_have_one_budget_of_responses(tmp_path):
     args = real.arguments(["--model", "x", "--out", str(tmp_path)])
     for method in real.OWN:
         flags = real.flags_of(method, "1e-5", 0, args)
-        warmup = real.WARMUP if method in (*real.MIXED, "sft") else 0
+        warmup = real.WARMUP if method != "rl" else 0
         steps = value(flags, "--steps") - warmup
         looks = sum(t % args.meta_every == 0 for t in range(1, steps + 1)) if method == "amft" else 0
         assert (steps + looks) * args.prompts * 8 == 7680, method
