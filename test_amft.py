@@ -3359,6 +3359,6 @@ def test_the_worn_base_is_the_base_with_noise(tmp_path):
         torch.testing.assert_close(made.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
         before = base.state_dict()[name]
         if weight.ndim == 2:
-            assert (weight - before).std() == pytest.approx(0.45 * before.std(), rel=0.05)
+            assert (weight - before).std().item() == pytest.approx(0.45 * before.std().item(), rel=0.05)
         else:
             assert torch.equal(weight, before)
