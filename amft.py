@@ -778,18 +778,18 @@ def evaluate(model: Model, tokenizer: Tokenizer, task: Task, config: Config, spl
 
 # --- A run, from its arguments ---
 def main(argv: Any = None, methods: dict = METHODS, config_class: type = Config,
-         method_flags: dict = METHOD_FLAGS) -> None:
+         method_flags: dict = METHOD_FLAGS, tasks: dict = TASKS) -> None:
     """A run, or an evaluation, from the command line's words."""
-    arguments = parse(argv, config_class, TASKS, method_flags, __doc__)
+    arguments = parse(argv, config_class, tasks, method_flags, __doc__)
     config = arguments.config
     with one_line_errors() as stop:
-        task = make_task(config, TASKS)
+        task = make_task(config, tasks)
         learns = arguments.folder is not None
         model, tokenizer = load_policy(config, task, sys.modules[__name__], learns)
         look = partial(evaluate, model, tokenizer, task, config)
         if not learns:
             rows = evaluation(look, task.splits, config.temperature, config.eval_samples)
-            return print(table({config.model: list(rows)}))
+            return print(table({config.model: rows}))
         run = stop.run = Run(arguments, model)
         method = methods[config.method](config, task, (model, tokenizer))
         train(config, method, task, model, tokenizer, run)

@@ -30,7 +30,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
 from compare import controllers  # noqa: E402
+from compare.experts import EXPERTS  # noqa: E402
 from harness.arguments import CONTROLLER, MethodFlags  # noqa: E402
+
+TASKS = {**amft.TASKS, **EXPERTS}
 
 
 @dataclasses.dataclass
@@ -53,7 +56,7 @@ class Config(amft.Config):
             raise ValueError(f"--responses {self.responses}: must be 0 or at least {least}, a prompt "
                              "at each step and the controller's own")
         if self.splits:
-            known = list(amft.make_task(self, amft.TASKS).splits)
+            known = list(amft.make_task(self, TASKS).splits)
             chosen = self.splits.split(",")
             if not set(chosen) <= set(known):
                 raise ValueError(f"--splits {self.splits}: must be of {', '.join(known)}")
@@ -458,7 +461,7 @@ def main(argv=None):
         return print(listing())
     standard, amft.Run = amft.Run, Run
     try:
-        amft.main(words, METHODS, Config, METHOD_FLAGS)
+        amft.main(words, METHODS, Config, METHOD_FLAGS, TASKS)
     finally:
         amft.Run = standard
 

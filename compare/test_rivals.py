@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import amft  # noqa: E402
 import harness.run  # noqa: E402
 import tasks  # noqa: E402
-from compare import controllers, logs, rivals, snr  # noqa: E402
+from compare import controllers, experts, logs, rivals, snr  # noqa: E402
 from harness.arguments import parse  # noqa: E402
 
 # torch's own, where it first loads what torch.func.jvp needs
@@ -687,3 +688,43 @@ def test_the_probe_of_the_meta_gradient_runs_to_its_table(tiny, tmp_path, monkey
         own = values["val by conversations", trace]
         assert product == pytest.approx(own, rel=1e-2, abs=1e-9)
     assert "z of 4" in capsys.readouterr().out
+
+
+def formula_of(deal):
+    """The right side of what the expert says, as Python would compute it (the numbers are our own)."""
+    left, right = json.loads(deal.expert)["formula"].split("=")
+    numbers = [int(word) for word in re.findall(r"\d+", left)]
+    return eval(left), sorted(numbers), right
+
+
+@pytest.mark.parametrize("name, least, most", [("gp-wrong", 1.0, 1.0), ("gp-half", 0.45, 0.55)])
+def test_a_worse_expert_uses_the_cards_and_misses_the_target(name, least, most):
+    deals = experts.EXPERTS[name]().training(1000, random.Random(3))
+    plain = tasks.TASKS["gp"]().training(1000, random.Random(3))
+    missed = 0
+    for deal, same in zip(deals, plain):
+        assert (deal.prompt, deal.unit) == (same.prompt, same.unit)  # the deals are gp's, only the expert is not
+        value, numbers, right = formula_of(deal)
+        assert numbers == sorted(deal.numbers) and right == "24"
+        wrong = abs(value - 24) > 1e-9
+        assert deal.grade(deal.expert) == ("wrong_result" if wrong else "correct")
+        missed += wrong
+    assert least <= missed / len(deals) <= most
+
+
+def test_a_worse_expert_makes_the_same_mistake_whenever_it_is_asked():
+    task = experts.EXPERTS["gp-half"]()
+    said = {}
+    for deal in task.training(3000, random.Random(4)):
+        fits = deal.grade(deal.expert) == "correct"
+        assert said.setdefault(deal.numbers, fits) == fits
+    assert len(said) < 3000  # some deals came more than once
+
+
+def test_rl_on_a_task_with_a_worse_expert_is_rl_on_general_points(tmp_path):
+    def log(name):
+        rivals.main(["--task", name, "--model", "base", "--method", "rl", "--steps", "2", "--prompts", "2",
+                     "--samples", "2", "--eval-n", "2", "--eval-samples", "1", "--out", str(tmp_path / name)])
+        rows = logs.read(tmp_path / name)
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows[1:]]
+    assert log("gp") == log("gp-wrong")

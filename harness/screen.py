@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,9 @@ def percent(row: dict, key: str = "") -> str:
     return f"{100 * share:.1f}% [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def table(columns: dict[str, list[dict]]) -> str:
-    """The text of a table of success in percent; columns: {heading: [eval row of each split]}, see harness.evaluation."""
+def table(columns: dict[str, Iterable[dict]]) -> str:
+    """The text of a table of success in percent; columns: {heading: eval row of each split}, see harness.evaluation."""
+    columns = {heading: list(rows) for heading, rows in columns.items()}
     line = f"{'right, %':42}"
     for heading, rows in columns.items():
         at = f"{heading}, at T = {rows[0]['temperature']:g}"
