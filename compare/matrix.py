@@ -18,7 +18,7 @@ STUDY.json is a spec (a recorded table, whose first line is one, does as well):
 first: each of its entries runs with the search's seed and flags, and the one that is best at the end, on
 val or on the mean of the search's "splits", the first of equals, runs with every seed. amft.py refuses a
 flag that a method does not use, so "common" holds what all use. A name has no spaces; its part before a
-slash is its group, with tables of its own: gp/rl, virl/rl. For tables.py: "reference" (the run that
+slash is its group, with tables of its own: gp/rl, virl/rl. "+sft +rl" is what soup.py merges of those. For tables.py: "reference" (the run that
 others are compared with; amft), "pooled" ({"ood": ["ood_rule", "ood_small"]}: means of splits), "reach"
 ([0.5]: rates on val to be reached), "clock" and "costs" ("rl", {"rl": 0.7, "amft": 1.0}: seconds a step,
 for a table at equal seconds).
@@ -61,7 +61,8 @@ def trials(spec, only="*"):
 def cells(spec, folder, only="*"):
     """[(name, seed, flags)] of the matrix, seed by seed, once the search is done."""
     table = collect(folder)
-    names = fnmatch.filter(spec["runs"], only)
+    names = [name for name in fnmatch.filter(spec["runs"], only)
+             if not str(spec["runs"][name]).startswith("+")]  # made of others: soup.py
     return [(name, seed, flags_of(table, name)) for seed in spec["seeds"] for name in names]
 
 

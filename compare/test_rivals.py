@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import amft  # noqa: E402
 import harness.run  # noqa: E402
 import tasks  # noqa: E402
-from compare import controllers, experts, logs, rivals, snr  # noqa: E402
+from compare import controllers, experts, logs, rivals, snr, soup  # noqa: E402
 from harness.arguments import parse  # noqa: E402
 
 # torch's own, where it first loads what torch.func.jvp needs
@@ -728,3 +728,42 @@ def test_rl_on_a_task_with_a_worse_expert_is_rl_on_general_points(tmp_path):
         rows = logs.read(tmp_path / name)
         return [{key: value for key, value in row.items() if key != "seconds"} for row in rows[1:]]
     assert log("gp") == log("gp-wrong")
+
+
+# --- Merging --------------------------------------------------------------------------------------
+
+
+def test_merging_is_linear_in_the_weights():
+    """One that starts from zero, or from one of the two."""
+    rng = np.random.default_rng(0)
+    start, sft, rl = ({"w": rng.normal(size=(3, 4))} for _ in range(3))
+    tensors = [{"w": torch.tensor(part["w"])} for part in (start, sft, rl)]
+    for a, b in soup.GRID:
+        expected = (1 - a - b) * start["w"] + a * sft["w"] + b * rl["w"]
+        assert np.allclose(soup.merged(*tensors, a, b)["w"].numpy(), expected, atol=1e-12)
+    assert len(soup.GRID) == 8 and (0.0, 0.0) not in soup.GRID
+
+
+def test_a_soup_of_one_policy_alone_is_that_policy(tmp_path, tiny, monkeypatch):
+    """Weights of the other run, an evaluation that is not a run's, responses that are not counted."""
+    for method in ("sft", "rl"):
+        rivals.main(["--task", "gp", "--model", str(tiny), "--method", method, "--steps", "2", "--eval-n", "5",
+                     "--eval-samples", "2", "--splits", "val,id", "--lr", "0.05", "--out", str(tmp_path / f"{method}-3"),
+                     *(["--prompts", "2"] if method == "rl" else [])])
+    monkeypatch.setattr(soup, "choose", lambda success: success(0.5, 0.5) or (1.0, 0.0))
+    (sft, rl, out), = soup.pairs(tmp_path)
+    soup.soup(sft, rl, out)
+    rows, of_sft, of_rl = map(logs.read, (out, sft, rl))
+    last = [row for row in of_sft if row["kind"] == "eval" and row["step"] == 2]
+    own = [row for row in rows if row["kind"] == "eval"]
+    assert [row["split"] for row in own] == ["val", "id"]
+    for row, same in zip(own, last):
+        assert (row["success"], row["hits"], row["outcomes"]) == (same["success"], same["hits"], same["outcomes"])
+    assert rows[-1]["rollouts"] == of_rl[-1]["rollouts"] + 5 * soup.SAMPLES
+    assert not list(soup.pairs(tmp_path))  # it is done
+
+
+def test_a_soup_is_chosen_by_success_on_val():
+    of = {pair: 0.1 for pair in soup.GRID}
+    of[0.5, 1.0] = of[1.0, 0.5] = 0.3
+    assert soup.choose(lambda a, b: of[a, b]) == (0.5, 1.0)

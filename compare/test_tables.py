@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from compare import four, logs, matrix, plot, tables  # noqa: E402
+from compare import four, logs, matrix, plot, regret, tables  # noqa: E402
 from harness import screen  # noqa: E402
 
 STUDIES = sorted(path.stem for path in logs.RECORDED.glob("*.jsonl"))
@@ -564,3 +564,41 @@ def test_one_seed_of_the_projects_figure_is_run_with_the_recorded_flags(tmp_path
         flags = " ".join(logs.read(folder / f"{name}-7")[0]["flags"])
         started = f"{table[0]['common']} {logs.flags_of(table, name)} --seed 7 --out "
         assert flags.startswith(started)
+
+
+# --- Regret ---------------------------------------------------------------------------------------
+
+
+def test_regret_by_hand():
+    """One that is taken from another setting's best, or of the mean outcome."""
+    means = {"a": dict(x=10.0, y=12.0, z=3.0), "b": dict(x=8.0, y=1.0, z=9.0)}
+    assert regret.regrets(means) == dict(x=[2.0, 1.0], y=[0.0, 8.0], z=[9.0, 0.0])
+
+
+def test_pooled_deviation_weighs_each_cell_by_its_freedom():
+    found = {"a": dict(x=[1.0, 3.0], y=[5.0]), "b": dict(x=[0.0, 3.0, 6.0])}
+    assert regret.pooled_deviation(found) == pytest.approx(math.sqrt((2 + 18) / 3))  # squares 2 and 18, freedom 1 + 2
+
+
+def test_redrawn_means_have_the_error_of_a_mean():
+    """Cells redrawn with the deviation of a single seed, or around another cell's mean."""
+    found = {"a": dict(x=[1.0, 3.0, 2.0, 2.0], y=[9.0, 11.0])}
+    draws = regret.redrawn(found, 4000)
+    deviation = regret.pooled_deviation(found)
+    for name, mean, n in (("x", 2.0, 4), ("y", 10.0, 2)):
+        values = [one["a"][name] for one in draws]
+        assert statistics.mean(values) == pytest.approx(mean, abs=0.08)
+        assert statistics.stdev(values) == pytest.approx(deviation / math.sqrt(n), rel=0.05)
+
+
+def test_rl_is_the_same_run_where_only_the_demonstrations_differ():
+    rows = []
+    for run, value in (("rl", 0.1), ("amft", 0.2), ("half/amft", 0.3), ("wrong/amft", 0.1), ("weak/amft", 0.1),
+                       ("weak/rl", 0.0)):
+        for split in ("id", "heldout"):
+            rows.append(dict(run=run, seed=1, kind="eval", split=split, step=9, best=[value, 0, 1]))
+    spec = dict(runs={}, measure="best", pooled=dict(primary=["id", "heldout"]))
+    found = regret.outcomes([spec, *rows])
+    assert {setting: own["rl"] for setting, own in found.items()} == {
+        "": [10.0], "half": [10.0], "wrong": [10.0], "weak": [0.0]}
+    assert found["half"]["amft"] == [30.0]
