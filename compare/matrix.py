@@ -18,10 +18,10 @@ STUDY.json is a spec (a recorded table, whose first line is one, does as well):
 first: each of its entries runs with the search's seed and flags, and the one that is best at the end, on
 val or on the mean of the search's "splits", the first of equals, runs with every seed. amft.py refuses a
 flag that a method does not use, so "common" holds what all use. A name has no spaces; its part before a
-slash is its group, with tables of its own: gp/rl, virl/rl. "+sft +rl" is what soup.py merges of those. For tables.py: "reference" (the run that
-others are compared with; amft), "pooled" ({"ood": ["ood_rule", "ood_small"]}: means of splits), "reach"
-([0.5]: rates on val to be reached), "clock" and "costs" ("rl", {"rl": 0.7, "amft": 1.0}: seconds a step,
-for a table at equal seconds).
+slash is its group, with tables of its own: gp/rl, virl/rl. "+sft +rl" stands for what soup.py merges of
+those two. For tables.py: "reference" (the run that others are compared with; amft), "pooled"
+({"ood": ["ood_rule", "ood_small"]}: means of splits), "reach" ([0.5]: rates on val to be reached),
+"clock" and "costs" ("rl", {"rl": 0.7, "amft": 1.0}: seconds a step, for a table at equal seconds).
 
 Each run is `python compare/rivals.py` with the common flags, its own, --seed and --out, in a process and
 with a thread of its own; what it prints goes to NAME-SEED.txt beside its folder. Finished runs are

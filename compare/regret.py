@@ -43,7 +43,7 @@ def everywhere(found):
 
 def regrets(means):
     """{method: its regret in each setting} of {setting: {method: outcome}}."""
-    names = means[""]
+    names = next(iter(means.values()))
     return {name: [max(own.values()) - own[name] for own in means.values()] for name in names}
 
 

@@ -9,17 +9,13 @@ costs is counted: the responses that it was made by, on top of RL's.
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
-from compare import rivals  # noqa: E402
 from compare.logs import finished, name_and_seed, read, write  # noqa: E402
 from harness.evaluation import evaluation  # noqa: E402
 
