@@ -225,21 +225,18 @@ def prefill(model: Model, input_ids: Tensor, attention_mask: Tensor, images: lis
     inputs = model_inputs(input_ids[:, :-1], attention_mask[:, :-1], images, known)
     return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
 
-def decode_step(model: Model, temperature: float, cache: Cache, state: Decoding,
-                attention_mask: Tensor) -> None:
+def decode_step(model: Model, cache: Cache, state: Decoding, attention_mask: Tensor) -> None:
     """A token of each conversation: cache and state go on by a column, in their place, and nothing
     waits for the device, which can replay it. attention_mask: state's, as far as it has come."""
     output = model(
         input_ids=state.input_ids.index_select(1, state.column - 1),
         attention_mask=attention_mask,
         position_ids=state.attention_mask.sum(1, keepdim=True) - 1,
-        past_key_values=cache, use_cache=True)
+        past_key_values=cache,
+        use_cache=True)
     logits = output.logits[:, -1].float()  # (B, V)
     logps = logits.log_softmax(-1)
-    if temperature:
-        token = draw((logits / temperature).softmax(-1))
-    else:
-        token = logits.argmax(-1)
+    token = draw(logits, state.temperature)
     token = token.masked_fill(~state.speaking, model.generation_config.pad_token_id)
     state.append(token, entropy=-(logps.exp() * logps).sum(-1))
 
@@ -247,9 +244,10 @@ def generate_reply(model: Model, input_ids: Tensor, attention_mask: Tensor, cach
                    done: Tensor, max_new_tokens: int, temperature: float) -> Reply:
     """A response of each conversation (B, S) that is not done (B,); temperature 0 is greedy."""
     S = input_ids.shape[1]
-    state = begin(input_ids, attention_mask, ~done, stop_token_ids(model), max_new_tokens)
-    step = partial(decode_step, model, temperature)
-    loop = decoding(step, model, cache, state, temperature)  # on a GPU the step is captured
+    state = begin(
+        input_ids, attention_mask, ~done, stop_token_ids(model), temperature, room=max_new_tokens)
+    step = partial(decode_step, model)
+    loop = decoding(step, model, cache, state)  # on a GPU the step is captured
     for column in range(S, S + max_new_tokens):
         loop.advance(column)
         if column % loop.look_every == 0 and not loop.state.speaking.any():

@@ -116,8 +116,8 @@ def kernels(model, ids, tokens):
     mask = torch.ones_like(ids)
     cache = with_room(model, amft.prefill(model, ids, mask, []), ids.shape[1] + tokens)
     speaking = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    state = capture.begin(ids, mask, speaking, amft.stop_token_ids(model), tokens)
-    step = capture.Eager(partial(amft.decode_step, model, 1.0), cache, state)
+    state = capture.begin(ids, mask, speaking, amft.stop_token_ids(model), 1.0, tokens)
+    step = capture.Eager(partial(amft.decode_step, model), cache, state)
     column = ids.shape[1]
     for column in range(column, column + tokens // 2):
         step.advance(column)

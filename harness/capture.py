@@ -30,6 +30,7 @@ class Decoding(NamedTuple):
     speaking: Tensor  # (B,), True up to a reply's end
     column: Tensor  # (1,), where the next token goes
     stops: Tensor  # ids that end a reply
+    temperature: Tensor  # (1,), of the draws; a tensor, so that one recorded step serves all
 
     def append(self, token: Tensor, entropy: Tensor) -> None:
         """The next column: a token of each row, and the entropy it was drawn with, (B,) each."""
@@ -41,12 +42,17 @@ class Decoding(NamedTuple):
         self.column.add_(1)
 
 
-def draw(probabilities: Tensor) -> Tensor:
-    """An index of each row, (B, V) -> (B,): what torch.multinomial draws, which would wait for the device."""
-    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+def draw(logits: Tensor, temperature: Tensor) -> Tensor:
+    """An index of each row, (B, V) -> (B,), from softmax(logits / temperature); the most likely one at temperature 0.
+
+    It is what torch.multinomial draws, which would wait for the device."""
+    probabilities = (logits / temperature.clamp(min=1e-6)).softmax(-1)
+    drawn = (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+    return torch.where(temperature > 0, drawn, logits.argmax(-1))
 
 
-def begin(input_ids: Tensor, attention_mask: Tensor, speaking: Tensor, stops: list, room: int) -> Decoding:
+def begin(input_ids: Tensor, attention_mask: Tensor, speaking: Tensor, stops: list, temperature: float,
+          room: int) -> Decoding:
     """The Decoding of conversations (B, S), with room for so many tokens."""
     return Decoding(
         input_ids=pad(input_ids, (0, room)),
@@ -54,7 +60,8 @@ def begin(input_ids: Tensor, attention_mask: Tensor, speaking: Tensor, stops: li
         entropy=torch.zeros(len(input_ids), input_ids.shape[1] + room, device=input_ids.device),
         speaking=speaking.clone(),
         column=input_ids.new_tensor([input_ids.shape[1]]),
-        stops=input_ids.new_tensor(stops))
+        stops=input_ids.new_tensor(stops),
+        temperature=torch.tensor([temperature], dtype=torch.float, device=input_ids.device))
 
 
 class Eager:
@@ -153,7 +160,7 @@ class Recordings:
     """A model's captured steps, and where they find its weights, which training makes anew at other places."""
 
     def __init__(self, model: Any):
-        self.of_shape = {}  # {(B, W, temperature): its Captured}, the last one used last
+        self.of_shape = {}  # {(B, W): its Captured}, the last one used last
         self.refused = False  # it cannot be captured
         self.weights = [weight.data.clone() for weight in model.parameters()]
 
@@ -177,7 +184,7 @@ class Recordings:
             weight.data = home
 
 
-def decoding(step: Any, model: Any, cache: Any, state: Decoding, temperature: float) -> Any:
+def decoding(step: Any, model: Any, cache: Any, state: Decoding) -> Any:
     """What makes a reply's tokens one by one: Captured where that can be done, else Eager.
 
     step(cache, state, attention mask): one token of each conversation; cache: of all columns but the last."""
@@ -190,7 +197,7 @@ def decoding(step: Any, model: Any, cache: Any, state: Decoding, temperature: fl
     if made.refused:
         return Eager(step, cache, state)
     made.bring_home(model)
-    shape = (len(state.input_ids), width_of(state), temperature)
+    shape = (len(state.input_ids), width_of(state))
     captured = made.of_shape.pop(shape, None)
     try:
         if captured is None:

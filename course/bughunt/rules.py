@@ -65,9 +65,9 @@ RULES = [
          ("-(logps.exp() * logps).sum(-1) / math.log(<k>)", "-logps.mean(-1)", "-logps.max(-1).values",
           "-(logps.exp() * logps).mean(-1)"),
          "entropy in another unit, or none at all", "", dict(k=("2", "10")), "rollout"),
-    Rule("amft.py:decode_step", "(logits / temperature).softmax(-1)",
-         ("(logits / temperature ** 2).softmax(-1)", "(logits / temperature).softmax(-1) ** <k>",
-          "(logits / temperature).softmax(-1) * (logits >= logits.topk(<n>).values[:, -1:])"),
+    Rule("amft.py:decode_step", "draw(logits, state.temperature)",
+         ("draw(logits, state.temperature ** 2)", "draw(<k> * logits, state.temperature)",
+          "draw(logits.masked_fill(logits < logits.topk(<n>).values[:, -1:], -1e9), state.temperature)"),
          "samples are not the policy's: success looks better, rl_loss and the meta-gradient are biased", WARM,
          dict(k=("1.5", "2", "3"), n=("2", "3", "4")), "rollout"),
     # losses and advantages
