@@ -776,7 +776,8 @@ def evaluate(model: Model, tokenizer: Tokenizer, task: Task, config: Config, spl
 
 # --- A run, from its arguments ---
 def main(argv: Any = None, methods: dict = METHODS, config_class: type = Config,
-         method_flags: dict = METHOD_FLAGS, tasks: dict = TASKS) -> None:
+         method_flags: dict = METHOD_FLAGS, tasks: dict = TASKS,
+         run_class: type = Run) -> None:
     """A run, or an evaluation, from the command line's words."""
     arguments = parse(argv, config_class, tasks, method_flags, __doc__)
     config = arguments.config
@@ -788,7 +789,7 @@ def main(argv: Any = None, methods: dict = METHODS, config_class: type = Config,
         if not learns:
             rows = evaluation(look, task.splits, config.temperature, config.eval_samples)
             return print(table({config.model: rows}))
-        run = stop.run = Run(arguments, model)
+        run = stop.run = run_class(arguments, model)
         method = methods[config.method](config, task, (model, tokenizer))
         train(config, method, task, model, tokenizer, run)
         run.evaluate(look, task.splits)

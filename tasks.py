@@ -112,6 +112,7 @@ class Task:
     episode = Episode  # the class, whose `outcomes` are what a log counts
     splits = {}  # evaluation split -> what it asks. Must have "val", the controller's own; "train" is not listed.
     defaults = {}  # flags of amft.py that this task sets differently
+    smoke = {}  # and those that --smoke does
     turns = 0  # graded attempts at each point; 0: the episode's own number
 
     def __init__(self, turns=0):
@@ -729,6 +730,7 @@ class VIRL(Task):
         "ood_rule_hard": "as ood_rule, and the instruction gives turns in the absolute frame only",
     }
     defaults = dict(SHORT, steps=40, samples=4, sft_batch=16, demos=2000, eval_n=200)
+    smoke = dict(steps=6, warmup=2, prompts=4, eval_n=8, eval_samples=2)
 
     def draw(self, split, rng):
         role = split if split in ("train", "val") else "train" if split == "id" else "heldout"

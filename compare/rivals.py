@@ -459,11 +459,7 @@ def main(argv=None):
     given = {word.split("=")[0] for word in words}
     if not given & {"--method", "--resume", "--eval-only", "--help", "-h"}:
         return print(listing())
-    standard, amft.Run = amft.Run, Run
-    try:
-        amft.main(words, METHODS, Config, METHOD_FLAGS, TASKS)
-    finally:
-        amft.Run = standard
+    amft.main(words, METHODS, Config, METHOD_FLAGS, TASKS, Run)
 
 
 if __name__ == "__main__":

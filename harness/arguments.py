@@ -84,13 +84,14 @@ def parse(argv: list[str] | None, config_class: type, tasks: dict[str, Any],
           methods: dict[str, MethodFlags] = METHOD_FLAGS, description: str | None = None) -> Arguments:
     """The command line's Arguments; what is wrong ends the program with one line and exit code 2.
 
-    tasks: classes whose `defaults` are flags that a task sets differently."""
+    tasks: classes whose `defaults` are flags that a task sets differently, and `smoke` those of --smoke."""
     early = argparse.ArgumentParser(prog=program(), add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     early.add_argument("--task", default=config_class.task)
     early.add_argument("--method", default=config_class.method)
     named, _ = early.parse_known_args(argv)
     of_method = methods.get(named.method, MethodFlags())
     of_task = tasks[named.task].defaults if named.task in tasks else {}
+    of_smoke = {**SMOKE, **getattr(tasks.get(named.task), "smoke", {})}
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     choices = dict(task=list(tasks), method=list(methods))
     parser = make_parser(config_class, choices, {**defaults, **of_task, **of_method.defaults}, description)
@@ -99,7 +100,7 @@ def parse(argv: list[str] | None, config_class: type, tasks: dict[str, Any],
         if "resume" in given:
             return resumed(given, config_class, choices, methods)
         refuse_unused(given, of_method.unused, named.method)
-        settings = {**defaults, **of_task, **(SMOKE if "smoke" in given else {}), **of_method.defaults,
+        settings = {**defaults, **of_task, **(of_smoke if "smoke" in given else {}), **of_method.defaults,
                     **implied(given), **given}
         if "warmup" not in given:  # of a run that is shorter than usual
             settings["warmup"] = min(settings["warmup"], settings["steps"] // 2)

@@ -15,7 +15,8 @@ out are
 The rest every rank computes alike, of the same numbers: all have one mu and one theta, bit for bit,
 which is looked at after each step. Rank 0 alone reads and writes the run's folder, and prints; the
 checkpoint and --data lie on every machine, in places of the same names. amft.py knows nothing of this:
-its functions are replaced here, one by one. Samples differ from those of `python amft.py` with the same seed, and with the number of ranks; the same command gives the same log, also
+it is told of a Run, and seven of its functions are replaced here. Samples differ from those of `python
+amft.py` with the same seed, and with the number of ranks; the same command gives the same log, also
 across a kill and a resume.
 """
 
@@ -307,7 +308,6 @@ def start():
                      load_policy):
         name = function.__name__
         setattr(amft, name, partial(function, getattr(amft, name)))
-    amft.Run = Run
     return store
 
 def main(argv=None, methods=amft.METHODS, config_class=amft.Config, method_flags=METHOD_FLAGS):
@@ -322,7 +322,7 @@ def main(argv=None, methods=amft.METHODS, config_class=amft.Config, method_flags
             if RANK:
                 quiet.enter_context(contextlib.redirect_stdout(Last()))
                 quiet.enter_context(contextlib.redirect_stderr(last))
-            amft.main(argv, methods, config_class, method_flags)
+            amft.main(argv, methods, config_class, method_flags, run_class=Run)
         code = 0
     except SystemExit as stop:  # rank 0 has said why, if it was its own error too
         code, line = stop.code or 0, last.text.strip().split("\n")[-1]
