@@ -156,6 +156,15 @@ class CHORD(amft.Method):
         return p * (1 - p)
 
 
+class TrSFT(amft.Method):
+    """TRAPO, arXiv 2512.17636: a fixed mu, L_SFT = -sum_t p_t / max(sg p_t, 0.1).
+
+    Its growing prefixes of the demonstration are left out."""
+
+    def token_weights(self, step, logps, rows):
+        return (logps.exp() / 0.1).clamp(max=1.0)
+
+
 def gac_proxies(advantages, mask, nll):
     """[mean (1 - A)^2, trimmed variance of the demonstrations, variance of A] of a step.
 
@@ -382,6 +391,7 @@ RIVALS = {
     "relift": ReLIFT,
     "cosine": Cosine,
     "chord": CHORD,
+    "trsft": TrSFT,
     "gac": GAC,
     "superrl": SuperRL,
     "hpt": HPT,
@@ -421,6 +431,7 @@ METHOD_FLAGS.update({
     "relift": flags(OWN_MU, warmup=0, sft_batch=16),
     "cosine": flags(OWN_MU, ["peak", "valley"], warmup=0),
     "chord": flags(["warmup", "imitation", *CONTROLLER], warmup=0, mu=0.1),
+    "trsft": flags(["warmup", "imitation", *CONTROLLER], warmup=0),
     "gac": flags(["controller", "eta_h", "utility", "trace"], ["memory"], mu_max=0.9, eta_mu=0.05),
     "superrl": flags(OWN_DEMOS, warmup=0),
     "hpt": flags(OWN_DEMOS, ["gate"], warmup=0),

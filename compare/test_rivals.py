@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 METHODS = sorted(set(rivals.METHODS) - set(controllers.CONTROLLERS))  # these: test_controllers.py
 OWN_PROMPTS = {"superrl", "hpt", "dyme", "luffy", "srft"}  # these imitate the step's own prompts
-NO_WARMUP = OWN_PROMPTS | {"sft", "dft", "rl", "relift", "cosine", "chord"}
+NO_WARMUP = OWN_PROMPTS | {"sft", "dft", "rl", "relift", "cosine", "chord", "trsft"}
 SILENT = {"sft", "dft"}  # these sample nothing
 LATE = {"rl", "sft-rl", "relift"}  # these imitate nothing in a first step without a warm-up
 GATED = {"superrl", "hpt", "dyme"}
@@ -189,6 +189,8 @@ def published(method, logp, A, H, G, gamma=0.1):
         return -p.detach() * logp
     if method == "chord":
         return -(p * (1 - p)).detach() * logp
+    if method == "trsft":
+        return -p / p.detach().clamp(min=0.1)
     if method == "luffy":
         return -A * p / (p + gamma)
     if method == "srft":
@@ -236,7 +238,7 @@ def expected_mus(method, success, config):
     if method == "hpt":
         return [float(n <= config["gate"] * G) for n in k]
     one = {"luffy": 1 / (G + 1), "srft": 0.5, "fixed": 0.5, "gac": config["mu"],
-           "amft": config["mu"], "chord": 0.1, "cosine": 0.9}
+           "amft": config["mu"], "trsft": 0.5, "chord": 0.1, "cosine": 0.9}
     return [one.get(method, 0.0)] * P
 
 
