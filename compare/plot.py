@@ -1,14 +1,14 @@
 """Figures (needs matplotlib): of recorded studies, from compare/recorded/STUDY.jsonl alone, or of one run.
 
-    python compare/plot.py gp             # compare/recorded/gp-{pareto,curves,mu}.png
-    python compare/plot.py tasks virl     # of its group virl: tasks-virl-{curves,mu}.png
+    python compare/plot.py gp             # compare/recorded/gp-{pareto,curves}.png
+    python compare/plot.py tasks virl     # of its group virl: tasks-virl-curves.png
     python compare/plot.py runs/gp        # runs/gp/curves.png
 """
 
 import argparse
 import statistics
 import sys
-from itertools import accumulate, cycle
+from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,7 +23,6 @@ except ImportError:  # main says so
     Figure = None
 
 NO_MATPLOTLIB = "draws with matplotlib, which is not here: pip install matplotlib"
-ADAPTIVE = ("amft", "gac", "sasr", "superrl", "hpt")
 MARKERS = "osD^vPX<>phd8H*"
 
 
@@ -128,58 +127,12 @@ def curves(study, width=5):
     return figure
 
 
-# --- mu, and what moves it ------------------------------------------------------------------------
-
-
-def forces(axis, study, name):
-    """AMFT's two forces: their running sums where the rule adds them up, as amft-sum does."""
-    adds_up = "amft-sum" in str(study.spec["runs"].get(study.full(name)))
-    seeds = study.seeds(name)
-    for seed in seeds:
-        rows = study.of(name, "step", seed)
-        steps = [row["step"] for row in rows]
-        gaps = [step - before for before, step in zip([0, *steps], steps)]
-        # All that the estimates moved is recorded; of the entropy's force, of every step, a sample.
-        meta = [row["meta_force"] or 0.0 for row in rows]
-        entropy = [(row["entropy_force"] or 0.0) * (gap if adds_up else 1) for row, gap in zip(rows, gaps)]
-        for moves, style, label in ((meta, "-", "meta force"), (entropy, ":", "entropy force")):
-            axis.plot(steps, list(accumulate(moves)) if adds_up else moves, style, linewidth=1, color=f"C{seed}",
-                      label=label if seed == seeds[0] else None)
-    axis.legend(fontsize=8)
-    axis.set_title("running sums of its two forces" if adds_up else "its two forces", fontsize=9)
-
-
-def sft_norms(axis, study, name):
-    for seed in study.seeds(name):
-        rows = [row for row in study.of(name, "step", seed) if row["grad_norm_sft"] is not None]
-        axis.plot([row["step"] for row in rows], [row["grad_norm_sft"] for row in rows], linewidth=1)
-    axis.set_title("norm of the SFT gradient", fontsize=9)
-
-
-def controllers(study):
-    """mu of the adaptive rules; below, AMFT's two forces, or the norm of the SFT gradient."""
-    names = [name for name in ADAPTIVE if name in study.names]
-    figure = Figure((4 * len(names), 6), layout="constrained")
-    axes = figure.subplots(2, len(names), squeeze=False)
-    for (above, below), name in zip(axes.T, names):
-        for seed in study.seeds(name):
-            rows = study.of(name, "step", seed)
-            above.plot([row["step"] for row in rows], [row["mu"] for row in rows], linewidth=1)
-        above.set(title=f"{name.replace('-', ' ')}: mu, a line a seed", ylim=(-0.03, 1.03))
-        moves = forces if name.startswith("amft") else sft_norms
-        moves(below, study, name)
-        below.set_xlabel("step")
-    return figure
-
-
 # --- Command line ---------------------------------------------------------------------------------
 
 
 def figures(study):
     """{name: figure} of every figure that its runs allow."""
     drawn = {"curves": curves(study)}
-    if set(ADAPTIVE) & set(study.names):
-        drawn["mu"] = controllers(study)
     if "unseen" in study.pooled and study.base:
         drawn["pareto"] = pareto(study)
     return drawn

@@ -52,11 +52,11 @@ def pixels(path):
     return imread(path)
 
 
-@pytest.mark.parametrize("name", ["curves", "mu", "pareto"])
+@pytest.mark.parametrize("name", ["curves", "pareto"])
 def test_recorded_figures_are_drawn_from_the_recorded_rows_alone(name, tmp_path):
     """A figure that shows other runs, or was drawn by another plot.py."""
     study = logs.Study(logs.recorded("gp"))
-    figures = dict(curves=plot.curves, mu=plot.controllers, pareto=plot.pareto)
+    figures = dict(curves=plot.curves, pareto=plot.pareto)
     figures[name](study).savefig(tmp_path / "figure.png", dpi=110)
     drawn, recorded = pixels(tmp_path / "figure.png"), pixels(logs.RECORDED / f"gp-{name}.png")
     assert abs(drawn.shape[1] - recorded.shape[1]) <= 2  # fonts differ between versions
