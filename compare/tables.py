@@ -259,9 +259,11 @@ def together(table):
             known = [interval(study.ends(name, split)) if name in study.names else "-"
                      for name in names]
             group = study.group if split == study.splits[0] else ""
-            lines.append([group, split, base(study, split), *known])
-    header = ["task", "split", "base", *names]
-    return ["", "Success of sampled responses:", *markdown(header, lines)]
+            before = base(study, split, study.measure) if study.base else "-"
+            lines.append([group, split, before, *known])
+    header = ["group", "split", "base", *names]
+    title = MEASURES[studies[0].measure]
+    return ["", f"{title}:", *markdown(header, lines)]
 
 
 # --- Which runs -----------------------------------------------------------------------------------
