@@ -20,7 +20,7 @@ from compare.tables import markdown  # noqa: E402
 SETTINGS = {"": "all right", "half": "half wrong", "wrong": "all wrong", "weak": "weak base"}
 METHODS = {"rl": "RL", "fixed-0.1": "mu = 0.1", "fixed-0.5": "mu = 0.5", "fixed-0.9": "mu = 0.9", "sft": "SFT",
            "sft-rl": "SFT then RL", "soup": "SFT and RL, merged", "amft": "AMFT"}
-CONSTANTS = ["rl", "fixed-0.1", "fixed-0.5", "fixed-0.9"]  # with the same flags; SFT has other ones
+CONSTANTS = ["rl", "fixed-0.1", "fixed-0.5", "fixed-0.9", "sft"]  # RL and SFT with the rates that they were given
 MU = {"rl": 0.0, "fixed-0.1": 0.1, "fixed-0.3": 0.3, "fixed-0.5": 0.5, "fixed-0.7": 0.7, "fixed-0.9": 0.9, "sft": 1.0}
 
 
