@@ -144,9 +144,10 @@ def first_ratios(model, tokenizer, episodes, samples, tokens, micro_tokens):
     micro_tokens), each of all sampled tokens (n,)."""
     drawn, draw = [], amft.draw
 
-    def spy(probabilities):
-        token = draw(probabilities)
-        drawn.append(probabilities.gather(1, token.unsqueeze(1)).squeeze(1).log())
+    def spy(logits, temperature):
+        token = draw(logits, temperature)
+        logps = (logits / temperature).log_softmax(-1)
+        drawn.append(logps.gather(1, token.unsqueeze(1)).squeeze(1))
         return token
     record = dict(capture.RECORD)
     capture.RECORD.clear()  # a replay does not call draw

@@ -6,7 +6,7 @@
 A run is a folder with metrics.jsonl, as amft.py writes it. A study is a folder of runs named NAME-SEED,
 with spec.json (see matrix.py) beside them; a NAME may have a part before a slash, its group:
 search/amft.0, gp/rl. A table has one JSON object a line: first the spec, then every row of every run,
-with the run's name and seed. Kept is what tables.py and plot.py read (KEEP); nulls are left out, and
+with the run's name and seed. Kept is what tables and figures read, and mu's forces (KEEP); nulls are left out, and
 floats have six digits. A spec with "every": N keeps each Nth step, and those with a meta-gradient.
 """
 

@@ -2,9 +2,9 @@
 
     python compare/regret.py    # the table, and compare/recorded/regret.png, from recorded/worn.jsonl alone
 
-A method's regret in a setting is how far its outcome is below the best method's there, in points. The outcome, the
-settings and what AMFT must reach were written down before the runs: "settings" in worn.json. One setting of every
-method's flags for all: those that the search chose where all demonstrations are right.
+A method's regret in a setting is how far its outcome is below that of the best method in the table, in points. The
+outcome, the settings and what AMFT must reach were written down before the runs: "settings" in worn.json. One learning
+rate of each method for all settings, found where all demonstrations are right; every mixture has that of mu = 0.5.
 """
 
 import math
@@ -18,26 +18,31 @@ from compare.logs import RECORDED, Study, quiet_pipe, recorded  # noqa: E402
 from compare.tables import markdown  # noqa: E402
 
 SETTINGS = {"": "all right", "half": "half wrong", "wrong": "all wrong", "weak": "weak base"}
+SAME_RL = ("half", "wrong")  # RL reads no demonstrations: it is the first setting's run, to the last digit
 METHODS = {"rl": "RL", "fixed-0.1": "mu = 0.1", "fixed-0.5": "mu = 0.5", "fixed-0.9": "mu = 0.9", "sft": "SFT",
            "sft-rl": "SFT then RL", "soup": "SFT and RL, merged", "amft": "AMFT"}
-CONSTANTS = ["rl", "fixed-0.1", "fixed-0.5", "fixed-0.9", "sft"]  # RL and SFT with the rates that they were given
-MU = {"rl": 0.0, "fixed-0.1": 0.1, "fixed-0.3": 0.3, "fixed-0.5": 0.5, "fixed-0.7": 0.7, "fixed-0.9": 0.9, "sft": 1.0}
+CONSTANTS = ["rl", "fixed-0.1", "fixed-0.5", "fixed-0.9", "sft"]  # of mu: 0 and 1 are RL and SFT, at rates of their own
+MU = {"fixed-0.1": 0.1, "fixed-0.3": 0.3, "fixed-0.5": 0.5, "fixed-0.7": 0.7, "fixed-0.9": 0.9}
 
 
 def outcomes(table):
-    """{setting: {run: outcome of each seed}}. RL reads no demonstrations: where they are wrong it is the same run."""
-    studies = {setting: Study(table, setting) for setting in SETTINGS}
+    """{setting: {run: outcome of each seed}}."""
     found = {}
-    for setting, study in studies.items():
+    for setting in SETTINGS:
+        study = Study(table, setting)
         found[setting] = {name: study.ends(name, "primary") for name in study.names}
-        if "rl" not in study.names:
-            found[setting]["rl"] = studies[""].ends("rl", "primary")
+        if setting in SAME_RL:
+            found[setting]["rl"] = found[""]["rl"]
     return found
 
 
 def everywhere(found):
-    """Of outcomes the methods that ran in every setting."""
-    names = [name for name in METHODS if all(name in own for own in found.values())]
+    """Of outcomes the methods that ran in every setting. ValueError where AMFT or a constant did not."""
+    missing = [f"{setting}/{name}" for setting, own in found.items() for name in METHODS if name not in own]
+    needed = [name for name in missing if name.rpartition("/")[2] in ("amft", *CONSTANTS)]
+    if needed:
+        raise ValueError(f"there are no runs of {', '.join(needed)}")
+    names = [name for name in METHODS if not any(one.endswith(f"/{name}") for one in missing)]
     return {setting: {name: own[name] for name in names} for setting, own in found.items()}
 
 
@@ -47,48 +52,77 @@ def regrets(means):
     return {name: [max(own.values()) - own[name] for own in means.values()] for name in names}
 
 
-def pooled_deviation(found):
-    """Standard deviation over seeds, one for all cells."""
-    cells = [values for own in found.values() for values in own.values() if len(values) > 1]
+def deviation(setting, own):
+    """Standard deviation over seeds, one for all runs of a setting, but for those where every seed has 0."""
+    cells = [values for name, values in own.items()
+             if len(values) > 1 and any(values) and (name != "rl" or setting not in SAME_RL)]
     freedom = sum(len(values) - 1 for values in cells)
+    if not freedom:
+        raise ValueError(f"setting '{setting}' has no run of two seeds")
     return math.sqrt(sum((len(values) - 1) * statistics.variance(values) for values in cells) / freedom)
 
 
 def redrawn(found, draws, seed=0):
-    """[means as other seeds might have given them]: each cell's normal, with the pooled deviation."""
-    rng, deviation = random.Random(seed), pooled_deviation(found)
-    return [{setting: {name: rng.gauss(statistics.mean(values), deviation / math.sqrt(len(values)))
-                       for name, values in own.items()} for setting, own in found.items()} for _ in range(draws)]
+    """[means that these seeds leave open]: normal around those seen, with their error; never below 0."""
+    rng, made = random.Random(seed), []
+    spread = {setting: deviation(setting, own) for setting, own in found.items()}
+    for _ in range(draws):
+        means = {}
+        for setting, own in found.items():
+            error = {name: any(values) * spread[setting] / math.sqrt(len(values)) for name, values in own.items()}
+            means[setting] = {name: max(rng.gauss(statistics.mean(values), error[name]), 0)
+                              for name, values in own.items()}
+            if setting in SAME_RL and "rl" in own:
+                means[setting]["rl"] = means[""]["rl"]
+        made.append(means)
+    return made
 
 
 def middle(values):
-    """The 95% in the middle."""
+    """The 95% in the middle, as text."""
     cuts = statistics.quantiles(values, n=40)
-    return cuts[0], cuts[-1]
+    return f"[{cuts[0]:.1f}, {cuts[-1]:.1f}]"
 
 
-def table_of(found, draws=2000):
-    """Markdown, and the sentence below it."""
-    found = everywhere(found)
+def earns_its_place(regret):
+    """As worn.json says: AMFT's worst regret below every constant's, its mean not above the best constant's."""
+    least = max(regret["amft"]) < min(max(regret[name]) for name in CONSTANTS)
+    return least and sum(regret["amft"]) <= min(sum(regret[name]) for name in CONSTANTS)
+
+
+def section(table, draws=2000):
+    """Lines: the table, and what it says of AMFT."""
+    found = everywhere(outcomes(table))
     means = {setting: {name: statistics.mean(values) for name, values in own.items()}
              for setting, own in found.items()}
-    shown, others = regrets(means), [regrets(one) for one in redrawn(found, draws)]
+    seen, open_ones = regrets(means), [regrets(one) for one in redrawn(found, draws)]
     lines = []
-    for name in shown:
+    for name in seen:
         cells = [METHODS[name], *(f"{own[name]:.1f}" for own in means.values())]
         for summary in (statistics.mean, max):
-            low, high = middle([summary(one[name]) for one in others])
-            cells.append(f"{summary(shown[name]):.1f} [{low:.1f}, {high:.1f}]")
+            cells.append(f"{summary(seen[name]):.1f} {middle([summary(one[name]) for one in open_ones])}")
         lines.append(cells)
-    least = sum(max(one["amft"]) < min(max(one[name]) for name in CONSTANTS) for one in others)
-    mean = sum(sum(one["amft"]) <= min(sum(one[name]) for name in CONSTANTS) for one in others)
-    seeds = {len(values) for own in found.values() for values in own.values()}
+    differences = []
+    for summary, what in ((statistics.mean, "mean"), (max, "worst")):
+        best = min(CONSTANTS, key=lambda name: summary(seen[name]))
+        values = [summary(one["amft"]) - summary(one[best]) for one in open_ones]
+        difference = summary(seen["amft"]) - summary(seen[best])
+        differences.append(f"{what} regret less that of {METHODS[best]}, the least of a constant's: "
+                           f"{difference:+.1f} {middle(values)}")
+    share = 100 * statistics.mean(earns_its_place(one) for one in open_ones)
+    spreads = ", ".join(f"{deviation(setting, own):.1f}" for setting, own in found.items())
+    counts = ", ".join(str(max(len(values) for values in own.values())) for own in found.values())
     header = ["primary, %", *SETTINGS.values(), "mean regret", "worst regret"]
-    return "\n".join(markdown(header, lines)[1:]) + (
-        f"\n\nMean of id and heldout at the best temperature, {'-'.join(map(str, sorted(seeds)))} seeds a cell, "
-        f"deviation over seeds {pooled_deviation(found):.1f} (pooled); brackets: 95% of {draws} redrawings of "
-        f"all cells. AMFT's worst regret is below every constant's in {100 * least / draws:.0f}% of them, its mean "
-        f"regret not above the best constant's in {100 * mean / draws:.0f}%.")
+    return [
+        "", "## Regret", "",
+        "Mean of id and heldout, at each policy's best temperature. Regret: points below the best method of the "
+        f"setting. Seeds in the settings, at most: {counts}; standard deviation over seeds: {spreads}. Brackets: 95% of "
+        f"{draws} redrawings of all means with their errors; a regret is of a highest mean, so they lie above what is "
+        "seen. `soup` chose among eight merged policies with 7,040 responses more than the others had.",
+        *markdown(header, lines), "",
+        f"AMFT's {'; its '.join(differences)}. What was to be reached, a worst regret below every constant's and a mean "
+        f"not above the best constant's, is {'' if earns_its_place(seen) else 'not '}reached by the means, and reached "
+        f"in {share:.0f}% of the redrawings."]
 
 
 def draw(table, path):
@@ -97,15 +131,24 @@ def draw(table, path):
     found, figure = outcomes(table), Figure((15, 3.4), layout="constrained")
     for axis, (setting, title) in zip(figure.subplots(1, len(SETTINGS), sharey=True), SETTINGS.items()):
         own, study = found[setting], Study(table, setting)
-        known = [name for name in MU if name in own]
-        axis.plot([MU[name] for name in known], [statistics.mean(own[name]) for name in known], "o-", color="tab:red")
-        for name in known:
-            axis.plot([MU[name]] * len(own[name]), own[name], ".", color="tab:red", alpha=0.4)
-        ends = [study.of("amft", "step", seed)[-1]["mu"] for seed in study.seeds("amft")]
-        axis.plot(ends, own["amft"], "*", color="black", markersize=11)
-        axis.set(title=f"demonstrations {title}" if setting != "weak" else "a base too weak for RL",
-                 xlabel="mu, held (0: RL, 1: SFT)", ylim=(0, None))
-    figure.axes[0].set_ylabel("right at the best temperature, %\n(stars: AMFT, at the mu where it ended)")
+        held = [name for name in MU if name in own]
+        axis.plot([MU[name] for name in held], [statistics.mean(own[name]) for name in held], "o-", color="tab:red",
+                  label="mu held")
+        ends = {"rl": (0, "RL", "tab:orange", "s"), "sft": (1, "SFT", "tab:blue", "D"),
+                "sft-rl": (1.12, "SFT then RL", "tab:green", "^"),
+                "soup": (1.2, "SFT and RL, merged", "tab:purple", "v")}
+        for name, (place, label, colour, marker) in ends.items():
+            if name in own:
+                axis.plot(place, statistics.mean(own[name]), marker, color=colour, label=label)
+                axis.plot([place] * len(own[name]), own[name], ".", color=colour, alpha=0.5)
+        for name in held:
+            axis.plot([MU[name]] * len(own[name]), own[name], ".", color="tab:red", alpha=0.5)
+        last = [study.of("amft", "step", seed)[-1]["mu"] for seed in study.seeds("amft")]
+        axis.plot(last, own["amft"], "*", color="black", markersize=11, label="AMFT: a star a seed, at its last mu")
+        axis.set(title="a base too weak for RL" if setting == "weak" else f"demonstrations {title}",
+                 xlabel="mu", xticks=[0, 0.1, 0.3, 0.5, 0.7, 0.9, 1], ylim=(-0.5, None))
+    figure.axes[0].set_ylabel("right at the best temperature, %,\ntraining and unseen deals")
+    figure.axes[0].legend(fontsize=7, loc="lower center")
     figure.savefig(path, dpi=110)
     print(path)
 
@@ -113,8 +156,11 @@ def draw(table, path):
 def main():
     table = recorded("worn")
     with quiet_pipe():
-        print(table_of(outcomes(table)))
-        draw(table, RECORDED / "regret.png")
+        try:
+            print("\n".join(section(table)[2:]))
+            draw(table, RECORDED / "regret.png")
+        except (ValueError, ImportError) as error:
+            sys.exit(f"regret.py: {error}")
 
 
 if __name__ == "__main__":

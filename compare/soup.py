@@ -1,14 +1,16 @@
 """Merging in place of mixing: theta_0 + a (theta_SFT - theta_0) + b (theta_RL - theta_0), a and b by success on val.
 
-    python compare/matrix.py compare/worn.json --keep         # with the policies that it leaves
-    python compare/soup.py runs/compare/worn    # of every pair of policies that is kept there, a run "soup" beside it
+    python compare/matrix.py compare/worn.json --keep    # --keep: with the policies (a run that is done keeps none)
+    python compare/soup.py runs/compare/worn             # its runs that are "+sft +rl"
 
-The rival that needs no controller, and no mixture (arXiv 2605.00610): two runs of the study, made apart. What a choice
-costs is counted: the responses that it was made by, on top of RL's.
+The rival that needs no controller, and no mixture: two runs of the study, made apart. After DoTS (arXiv 2605.00610),
+without what it does to the differences before it adds them, and with a and b from a grid of eight. What a choice costs
+is counted: the responses that it was made by, on top of RL's.
 """
 
 import argparse
 import itertools
+import json
 import sys
 import time
 from functools import partial
@@ -16,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
-from compare.logs import finished, name_and_seed, read, write  # noqa: E402
+from compare.logs import finished, read, write  # noqa: E402
 from harness.evaluation import evaluation  # noqa: E402
 
 SHARES = (0.0, 0.5, 1.0)  # a, and b
@@ -24,14 +26,9 @@ GRID = [pair for pair in itertools.product(SHARES, SHARES) if pair != (0.0, 0.0)
 TEMPERATURE, SAMPLES = 0.3, 8  # of the responses that choose
 
 
-def weights(name):
-    """{parameter: tensor} of the checkpoint of that name, as amft.load_policy finds it."""
-    return load(name)[0].state_dict()
-
-
-def load(name, task="gp"):
-    config = amft.Config(task=task, model=name, device="cpu")
-    return amft.load_policy(config, amft.TASKS[task](), amft)
+def load(name):
+    """(model, tokenizer) of the checkpoint of that name."""
+    return amft.load_policy(amft.Config(task="gp", model=name, device="cpu"), amft.TASKS["gp"](), amft)
 
 
 def merged(start, sft, rl, a, b):
@@ -47,42 +44,45 @@ def choose(success):
 def soup(sft, rl, out):
     """The merging of the policies in two runs' folders: its log in a third."""
     began, rows = time.time(), read(rl)
-    settings = rows[0]
-    splits = settings["splits"].split(",")
-    steps, spent = [row for row in rows if row["kind"] == "step"][-1]["step"], rows[-1]["rollouts"]
+    settings, last = rows[0], rows[-1]
+    if read(sft)[0]["model"] != settings["model"]:
+        raise ValueError(f"{sft} and {rl} did not start from one policy")
     config = amft.Config(task="gp", eval_n=settings["eval_n"], device="cpu")
     model, tokenizer = load(settings["model"])
-    parts = model.state_dict(), weights(str(sft / "final")), weights(str(rl / "final"))
-    start = {name: tensor.clone() for name, tensor in parts[0].items()}
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    of_sft, of_rl = (load(str(folder / "final"))[0].state_dict() for folder in (sft, rl))
     look = partial(amft.evaluate, model, tokenizer, amft.TASKS["gp"](), config)
-    seen = []
+    spent = last["rollouts"]
 
     def success(a, b):
-        model.load_state_dict(merged(start, *parts[1:], a, b))
+        nonlocal spent
+        model.load_state_dict(merged(start, of_sft, of_rl, a, b))
         row = look("val", TEMPERATURE, SAMPLES)
-        seen.append(row["n"] * SAMPLES)
+        spent += row["n"] * SAMPLES
         return row["success"]
     a, b = choose(success)
-    model.load_state_dict(merged(start, *parts[1:], a, b))
-    log = [dict(settings, method="soup"),
-           dict(kind="step", step=steps, mu=a / (a + b), rollouts=spent + sum(seen))]
-    for row in evaluation(look, splits, config.temperature, settings["eval_samples"]):
+    model.load_state_dict(merged(start, of_sft, of_rl, a, b))
+    steps, seconds = settings["steps"], read(sft)[-1]["seconds"] + last["seconds"]
+    log = [dict(settings, method="soup"), dict(kind="step", step=steps, mu=a / (a + b), rollouts=spent)]
+    for row in evaluation(look, settings["splits"].split(","), config.temperature, settings["eval_samples"]):
         log.append(dict(kind="eval", step=steps, whole=True, **row))
-    log.append(dict(kind="final", rollouts=spent + sum(seen), seconds=round(time.time() - began, 1), a=a, b=b))
+    seconds += time.time() - began
+    log.append(dict(kind="final", rollouts=spent, seconds=round(seconds, 1), a=a, b=b))
     out.mkdir(parents=True, exist_ok=True)
     write(out / "metrics.jsonl", log)
     print(f"{out}: a = {a}, b = {b}", flush=True)
 
 
 def pairs(folder):
-    """(SFT's folder, RL's, soup's) of every seed and setting; RL of the first where a setting has none of its own."""
-    for sft in sorted(folder.rglob("sft-[0-9]*")):
-        name, seed = name_and_seed(sft, folder)
-        out = sft.with_name(f"soup-{seed}")
-        rl = next((own for own in (sft.with_name(f"rl-{seed}"), folder / f"rl-{seed}") if own.exists()), None)
-        kept = rl and (sft / "final").exists() and (rl / "final").exists()
-        if sft.is_dir() and kept and not name.startswith("search/") and not finished(read(out)):
-            yield sft, rl, out
+    """(SFT's folder, RL's, soup's) of the merged runs in a study's spec, seed by seed, that are not done."""
+    spec = json.loads((folder / "spec.json").read_text())
+    merges = {name: own.split() for name, own in spec["runs"].items() if str(own).startswith("+")}
+    for seed in spec["seeds"]:
+        for name, parts in merges.items():
+            sft, rl = (folder / f"{part[1:]}-{seed}" for part in parts)
+            out = folder / f"{name}-{seed}"
+            if finished(read(sft)) and finished(read(rl)) and not finished(read(out)):
+                yield sft, rl, out
 
 
 def main():
@@ -90,11 +90,17 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of a study, with policies that --keep left there")
     folder = parser.parse_args().folder
-    found = list(pairs(folder))
-    if not found:
-        parser.error(f"{folder}: holds no policies of sft and rl to be merged; matrix.py --keep leaves them")
+    try:
+        found = list(pairs(folder))
+    except (OSError, ValueError, LookupError) as error:
+        parser.error(f"{folder}: is not a study's folder, with spec.json ({error})")
+    gone = [part for *parts, _ in found for part in parts if not (part / "final").exists()]
     for sft, rl, out in found:
-        soup(sft, rl, out)
+        if sft not in gone and rl not in gone:
+            soup(sft, rl, out)
+    if gone:
+        names = ", ".join(dict.fromkeys(map(str, gone)))
+        sys.exit(f"not kept, so not merged: {names}; matrix.py --keep, in a new folder")
 
 
 if __name__ == "__main__":

@@ -317,6 +317,9 @@ def plain(table):
         "95% interval over its problems."]
     if len(groups) > 1:
         text += together(table)
+    if "settings" in table[0]:
+        from compare import regret  # which takes its markdown from here
+        text += regret.section(table)
     for group in groups:
         text += plain_group(table, Study(table, group))
     if "search" in table[0]:

@@ -748,10 +748,12 @@ def test_merging_is_linear_in_the_weights():
 
 def test_a_soup_of_one_policy_alone_is_that_policy(tmp_path, tiny, monkeypatch):
     """Weights of the other run, an evaluation that is not a run's, responses that are not counted."""
-    for method in ("sft", "rl"):
+    for method, more in (("sft", []), ("rl", ["--prompts", "2"])):
         rivals.main(["--task", "gp", "--model", str(tiny), "--method", method, "--steps", "2", "--eval-n", "5",
-                     "--eval-samples", "2", "--splits", "val,id", "--lr", "0.05", "--out", str(tmp_path / f"{method}-3"),
-                     *(["--prompts", "2"] if method == "rl" else [])])
+                     "--eval-samples", "2", "--splits", "val,id", "--lr", "0.05", *more,
+                     "--out", str(tmp_path / f"{method}-3")])
+        (tmp_path / f"{method}-3.txt").write_text("what it printed")  # as matrix.py leaves it
+    (tmp_path / "spec.json").write_text(json.dumps(dict(seeds=[3, 4], runs=dict(soup="+sft +rl", sft="", rl=""))))
     monkeypatch.setattr(soup, "choose", lambda success: success(0.5, 0.5) or (1.0, 0.0))
     (sft, rl, out), = soup.pairs(tmp_path)
     soup.soup(sft, rl, out)

@@ -569,36 +569,77 @@ def test_one_seed_of_the_projects_figure_is_run_with_the_recorded_flags(tmp_path
 # --- Regret ---------------------------------------------------------------------------------------
 
 
+def settings_of(outcome, seeds=(1, 2)):
+    """A table of runs: outcome(setting, method, seed) in percent, the same on both splits of the primary."""
+    rows = []
+    for setting in regret.SETTINGS:
+        for name in regret.METHODS:
+            if name == "rl" and setting in regret.SAME_RL:
+                continue
+            run = f"{setting}/{name}".lstrip("/")
+            for seed in seeds:
+                value = outcome(setting, name, seed) / 100
+                rows += [dict(run=run, seed=seed, kind="eval", split=split, step=9, best=[value, 0, 1])
+                         for split in ("id", "heldout")]
+    return [dict(runs={}, measure="best", pooled=dict(primary=["id", "heldout"])), *rows]
+
+
 def test_regret_by_hand():
     """One that is taken from another setting's best, or of the mean outcome."""
     means = {"a": dict(x=10.0, y=12.0, z=3.0), "b": dict(x=8.0, y=1.0, z=9.0)}
     assert regret.regrets(means) == dict(x=[2.0, 1.0], y=[0.0, 8.0], z=[9.0, 0.0])
 
 
-def test_pooled_deviation_weighs_each_cell_by_its_freedom():
-    found = {"a": dict(x=[1.0, 3.0], y=[5.0]), "b": dict(x=[0.0, 3.0, 6.0])}
-    assert regret.pooled_deviation(found) == pytest.approx(math.sqrt((2 + 18) / 3))  # squares 2 and 18, freedom 1 + 2
+def test_a_settings_deviation_weighs_each_run_by_its_freedom():
+    """One that counts RL's borrowed run twice, or a run that is stuck at 0 as quiet."""
+    own = dict(x=[1.0, 3.0], y=[5.0], z=[0.0, 3.0, 6.0], stuck=[0.0, 0.0], rl=[0.0, 90.0])
+    squares = 2 + 18  # freedom 1 + 2
+    assert regret.deviation("wrong", own) == pytest.approx(math.sqrt(squares / 3))
+    assert regret.deviation("weak", own) == pytest.approx(math.sqrt((squares + 4050) / 4))
+    with pytest.raises(ValueError, match="two seeds"):
+        regret.deviation("", dict(x=[1.0]))
 
 
 def test_redrawn_means_have_the_error_of_a_mean():
-    """Cells redrawn with the deviation of a single seed, or around another cell's mean."""
-    found = {"a": dict(x=[1.0, 3.0, 2.0, 2.0], y=[9.0, 11.0])}
+    """Means redrawn with the deviation of a single seed, around another run's mean, below 0, or a shared run twice."""
+    found = {setting: dict(amft=[31.0, 33.0, 32.0, 32.0], sft=[49.0, 51.0], rl=[8.0, 9.0])
+             for setting in regret.SETTINGS}
+    found["weak"]["rl"] = [0.0, 0.0]
     draws = regret.redrawn(found, 4000)
-    deviation = regret.pooled_deviation(found)
-    for name, mean, n in (("x", 2.0, 4), ("y", 10.0, 2)):
-        values = [one["a"][name] for one in draws]
+    for name, mean, n in (("amft", 32.0, 4), ("sft", 50.0, 2)):
+        values = [one["half"][name] for one in draws]
         assert statistics.mean(values) == pytest.approx(mean, abs=0.08)
-        assert statistics.stdev(values) == pytest.approx(deviation / math.sqrt(n), rel=0.05)
+        expected = regret.deviation("half", found["half"]) / math.sqrt(n)
+        assert statistics.stdev(values) == pytest.approx(expected, rel=0.05)
+    assert all(one["weak"]["rl"] == 0 for one in draws)
+    assert all(one["half"]["rl"] == one["wrong"]["rl"] == one[""]["rl"] for one in draws)
+    assert len({one["half"]["sft"] for one in draws}) == 4000
 
 
 def test_rl_is_the_same_run_where_only_the_demonstrations_differ():
-    rows = []
-    for run, value in (("rl", 0.1), ("amft", 0.2), ("half/amft", 0.3), ("wrong/amft", 0.1), ("weak/amft", 0.1),
-                       ("weak/rl", 0.0)):
-        for split in ("id", "heldout"):
-            rows.append(dict(run=run, seed=1, kind="eval", split=split, step=9, best=[value, 0, 1]))
-    spec = dict(runs={}, measure="best", pooled=dict(primary=["id", "heldout"]))
-    found = regret.outcomes([spec, *rows])
+    found = regret.outcomes(settings_of(lambda setting, name, seed: 10 * (setting != "weak") + seed))
     assert {setting: own["rl"] for setting, own in found.items()} == {
-        "": [10.0], "half": [10.0], "wrong": [10.0], "weak": [0.0]}
-    assert found["half"]["amft"] == [30.0]
+        "": [11.0, 12.0], "half": [11.0, 12.0], "wrong": [11.0, 12.0], "weak": [1.0, 2.0]}
+
+
+@pytest.mark.parametrize("amft, verdict", [(20, "is reached"), (14, "is not reached")])
+def test_the_regret_table_is_what_the_runs_say(amft, verdict):
+    """A regret of another method, a verdict that does not follow from it."""
+    def outcome(setting, name, seed):
+        good = dict(sft=setting != "wrong", rl=setting == "wrong").get(name, True)
+        return (amft if name == "amft" else 16 if good else 2) + 0.1 * seed
+    text = "\n".join(regret.section(settings_of(outcome), draws=200))
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
+    best = max(amft, 16)
+    assert [float(cell) for cell in rows["| AMFT"][1:5]] == pytest.approx([amft + 0.15] * 4, abs=0.06)
+    assert rows["| AMFT"][5].startswith(f"{best - amft:.1f} [")  # mean
+    assert rows["| SFT"][6].startswith(f"{best - 2:.1f} [")  # worst
+    assert verdict in text
+
+
+def test_a_regret_table_without_amft_is_refused_in_a_line():
+    table = settings_of(lambda setting, name, seed: 10 + seed)
+    with pytest.raises(ValueError, match="no runs of wrong/amft"):
+        regret.section([row for row in table if row.get("run") != "wrong/amft"])
+    without_soup = [row for row in table if row.get("run") != "half/soup"]
+    assert "merged" not in "".join(regret.section(without_soup, draws=50)[5:])

@@ -26,14 +26,14 @@ class Decoding(NamedTuple):
     """Replies of B conversations in the making, W columns wide. A step changes these tensors in place."""
     input_ids: Tensor  # (B, W): what was said before, the reply so far, room
     attention_mask: Tensor  # (B, W), 1 on real tokens so far
-    entropy: Tensor  # (B, W), nats, of the distribution that a reply's token was drawn from
+    entropy: Tensor  # (B, W), nats, of the distribution at temperature 1 where a reply's token was drawn
     speaking: Tensor  # (B,), True up to a reply's end
     column: Tensor  # (1,), where the next token goes
     stops: Tensor  # ids that end a reply
     temperature: Tensor  # (1,), of the draws; a tensor, so that one recorded step serves all
 
     def append(self, token: Tensor, entropy: Tensor) -> None:
-        """The next column: a token of each row, and the entropy it was drawn with, (B,) each."""
+        """The next column: a token of each row, and the entropy there, (B,) each."""
         self.input_ids.index_copy_(1, self.column, token.unsqueeze(1))
         self.attention_mask.index_copy_(1, self.column, self.speaking.to(self.attention_mask.dtype).unsqueeze(1))
         self.entropy.index_copy_(1, self.column, entropy.unsqueeze(1))

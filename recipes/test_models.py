@@ -265,9 +265,10 @@ def test_what_is_sampled_is_the_policy_that_is_trained(family, checkpoint, monke
     assert not any(module.training for module in model.modules())
     drawn, draw, caches, room = [], amft.draw, set(), amft.with_room
 
-    def spied_draw(probabilities):
-        choice = draw(probabilities)
-        drawn.append(probabilities.gather(1, choice.unsqueeze(1)).squeeze(1).log())
+    def spied_draw(logits, temperature):
+        choice = draw(logits, temperature)
+        logps = (logits / temperature).log_softmax(-1)
+        drawn.append(logps.gather(1, choice.unsqueeze(1)).squeeze(1))
         return choice
 
     def with_room(*args):
