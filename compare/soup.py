@@ -73,11 +73,11 @@ def soup(sft, rl, out):
     print(f"{out}: a = {a}, b = {b}", flush=True)
 
 
-def pairs(folder):
+def pairs(folder, seeds=None):
     """(SFT's folder, RL's, soup's) of the merged runs in a study's spec, seed by seed, that are not done."""
     spec = json.loads((folder / "spec.json").read_text())
     merges = {name: own.split() for name, own in spec["runs"].items() if str(own).startswith("+")}
-    for seed in spec["seeds"]:
+    for seed in seeds or spec["seeds"]:
         for name, parts in merges.items():
             sft, rl = (folder / f"{part[1:]}-{seed}" for part in parts)
             out = folder / f"{name}-{seed}"
@@ -89,9 +89,11 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of a study, with policies that --keep left there")
-    folder = parser.parse_args().folder
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the spec's, these alone")
+    args = parser.parse_args()
+    folder = args.folder
     try:
-        found = list(pairs(folder))
+        found = list(pairs(folder, args.seeds))
     except (OSError, ValueError, LookupError) as error:
         parser.error(f"{folder}: is not a study's folder, with spec.json ({error})")
     gone = [part for *parts, _ in found for part in parts if not (part / "final").exists()]
