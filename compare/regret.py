@@ -146,7 +146,7 @@ def draw(table, path):
         last = [study.of("amft", "step", seed)[-1]["mu"] for seed in study.seeds("amft")]
         axis.plot(last, own["amft"], "*", color="black", markersize=11, label="AMFT: a star a seed, at its last mu")
         axis.set(title="a base too weak for RL" if setting == "weak" else f"demonstrations {title}",
-                 xlabel="mu", xticks=[0, 0.1, 0.3, 0.5, 0.7, 0.9, 1], ylim=(-0.5, None))
+                 xlabel="mu", xticks=[0, 0.3, 0.5, 0.7, 1], ylim=(-0.5, None))
     figure.axes[0].set_ylabel("right at the best temperature, %,\ntraining and unseen deals")
     figure.axes[0].legend(fontsize=7, loc="lower center")
     figure.savefig(path, dpi=110)
