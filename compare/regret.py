@@ -2,7 +2,7 @@
 
     python compare/regret.py    # the table, and compare/recorded/regret.png, from recorded/worn.jsonl alone
 
-A method's regret in a setting is how far its outcome is below that of the best method in the table, in points. The
+A method's regret in a setting is how far its outcome is below that of the best run there, in points. The
 outcome, the settings and what AMFT must reach were written down before the runs: "settings" in worn.json. One learning
 rate of each method for all settings, found where all demonstrations are right; every mixture has that of mu = 0.5.
 """
@@ -37,18 +37,16 @@ def outcomes(table):
 
 
 def everywhere(found):
-    """Of outcomes the methods that ran in every setting. ValueError where AMFT or a constant did not."""
+    """The methods that ran in every setting. ValueError where AMFT or a constant did not."""
     missing = [f"{setting}/{name}" for setting, own in found.items() for name in METHODS if name not in own]
     needed = [name for name in missing if name.rpartition("/")[2] in ("amft", *CONSTANTS)]
     if needed:
         raise ValueError(f"there are no runs of {', '.join(needed)}")
-    names = [name for name in METHODS if not any(one.endswith(f"/{name}") for one in missing)]
-    return {setting: {name: own[name] for name in names} for setting, own in found.items()}
+    return [name for name in METHODS if not any(one.endswith(f"/{name}") for one in missing)]
 
 
-def regrets(means):
-    """{method: its regret in each setting} of {setting: {method: outcome}}."""
-    names = next(iter(means.values()))
+def regrets(means, names):
+    """{method: its regret in each setting} of {setting: {run: outcome}}."""
     return {name: [max(own.values()) - own[name] for own in means.values()] for name in names}
 
 
@@ -92,10 +90,11 @@ def earns_its_place(regret):
 
 def section(table, draws=2000):
     """Lines: the table, and what it says of AMFT."""
-    found = everywhere(outcomes(table))
+    found = outcomes(table)
+    names = everywhere(found)
     means = {setting: {name: statistics.mean(values) for name, values in own.items()}
              for setting, own in found.items()}
-    seen, open_ones = regrets(means), [regrets(one) for one in redrawn(found, draws)]
+    seen, open_ones = regrets(means, names), [regrets(one, names) for one in redrawn(found, draws)]
     lines = []
     for name in seen:
         cells = [METHODS[name], *(f"{own[name]:.1f}" for own in means.values())]
@@ -112,11 +111,12 @@ def section(table, draws=2000):
     share = 100 * statistics.mean(earns_its_place(one) for one in open_ones)
     spreads = ", ".join(f"{deviation(setting, own):.1f}" for setting, own in found.items())
     counts = ", ".join(str(max(len(values) for values in own.values())) for own in found.values())
-    header = ["primary, %", *SETTINGS.values(), "mean regret", "worst regret"]
+    best = ", ".join(max(own, key=own.get) for own in means.values())
+    header = ["success, %", *SETTINGS.values(), "mean regret", "worst regret"]
     return [
         "", "## Regret", "",
-        "Mean of id and heldout, at each policy's best temperature. Regret: points below the best method of the "
-        f"setting. Seeds in the settings, at most: {counts}; standard deviation over seeds: {spreads}. Brackets: 95% of "
+        "Mean of id and heldout, at each policy's best temperature. Regret: points below the setting's best "
+        f"run ({best}). Seeds in the settings, at most: {counts}; standard deviation over seeds: {spreads}. Brackets: 95% of "
         f"{draws} redrawings of all means with their errors; a regret is of a highest mean, so they lie above what is "
         "seen. `soup` chose among eight merged policies with 7,040 responses more than the others had.",
         *markdown(header, lines), "",
@@ -141,12 +141,14 @@ def draw(table, path):
             if name in own:
                 axis.plot(place, statistics.mean(own[name]), marker, color=colour, label=label)
                 axis.plot([place] * len(own[name]), own[name], ".", color=colour, alpha=0.5)
+        axis.plot([], [], ".", color="grey", label="a seed")
         for name in held:
             axis.plot([MU[name]] * len(own[name]), own[name], ".", color="tab:red", alpha=0.5)
         last = [study.of("amft", "step", seed)[-1]["mu"] for seed in study.seeds("amft")]
-        axis.plot(last, own["amft"], "*", color="black", markersize=11, label="AMFT: a star a seed, at its last mu")
+        axis.plot(last, own["amft"], "*", color="black", markersize=11, label="AMFT, a seed, at its last mu")
+        axis.axvline(1.06, color="lightgrey", linewidth=0.8)
         axis.set(title="a base too weak for RL" if setting == "weak" else f"demonstrations {title}",
-                 xlabel="mu", xticks=[0, 0.3, 0.5, 0.7, 1], ylim=(-0.5, None))
+                 xlabel="mu (beyond the line: methods without one)", xticks=[0, 0.3, 0.5, 0.7, 1], ylim=(-0.5, None))
     figure.axes[0].set_ylabel("right at the best temperature, %,\ntraining and unseen deals")
     figure.axes[0].legend(fontsize=7, loc="lower center")
     figure.savefig(path, dpi=110)
