@@ -24,7 +24,7 @@ RUNS = ROOT / "runs" / "compare"
 RECORDED = ROOT / "compare" / "recorded"
 KEEP = {
     "step": ("step", "mu", "meta_grad", "meta_se", "meta_own", "meta_force", "entropy_force",
-             "entropy", "success", "rollouts", "grad_norm_sft"),
+             "entropy", "success", "rollouts"),
     "eval": ("step", "split", "n", "success", "low", "high", "any", "greedy", "temperature", "best", "hits",
              "first_try", "step_accuracy", "recognition"),
 }  # of the other kinds, all

@@ -63,7 +63,7 @@ def soup(sft, rl, out):
     a, b = choose(success)
     model.load_state_dict(merged(start, of_sft, of_rl, a, b))
     steps, seconds = settings["steps"], read(sft)[-1]["seconds"] + last["seconds"]
-    log = [dict(settings, method="soup"), dict(kind="step", step=steps, mu=a / (a + b), rollouts=spent)]
+    log = [dict(settings, method="soup"), dict(kind="step", step=steps, rollouts=spent)]  # it has no mu
     for row in evaluation(look, settings["splits"].split(","), config.temperature, settings["eval_samples"]):
         log.append(dict(kind="eval", step=steps, whole=True, **row))
     seconds += time.time() - began

@@ -376,8 +376,9 @@ def plain_group(table, study):
 def last_mus(study):
     lines = []
     for name in study.names:
-        mus = [study.of(name, "step", seed)[-1]["mu"] for seed in study.seeds(name)]
-        lines.append([name, spread(mus)])
+        mus = present([study.of(name, "step", seed)[-1] for seed in study.seeds(name)], "mu")
+        if mus:  # merged policies have none
+            lines.append([name, spread(mus)])
     return markdown(["run", "mu"], lines)
 
 
