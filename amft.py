@@ -763,14 +763,15 @@ def train(config: Config, method: Method, task: Task, model: Model, tokenizer: T
 # --- Evaluation ---
 @torch.no_grad()
 def evaluate(model: Model, tokenizer: Tokenizer, task: Task, config: Config, split: str,
-             temperature: float, samples: int, at_once: int = 32) -> dict:
-    """A row of the log, see Task.measures; always the same episodes, and noise of one seed."""
+             temperature: float, samples: int, at_once: int = 512) -> dict:
+    """A row of the log (Task.measures): same episodes, same noise. at_once: conversations."""
     torch.manual_seed(0)
     episodes = task.episodes(split, config.eval_n)
+    n = config.max_new_tokens
+    width = max(1, at_once // samples)
     played = []
-    for start in range(0, len(episodes), at_once):
-        part = episodes[start:start + at_once]
-        n = config.max_new_tokens
+    for start in range(0, len(episodes), width):
+        part = episodes[start:start + width]
         played += rollout(model, tokenizer, part, samples, n, temperature).episodes
     return dict(split=split, n=len(episodes), samples=samples, **task.measures(played, samples))
 

@@ -38,7 +38,7 @@ class RunConfig:
     eval_samples: int = flag(16, "samples of each, before and after training", 1)
     val_every: int = flag(0, "steps between evaluations on val; 0: none", 0)
     device: str = flag("auto", "auto: the first here of cuda, mps, cpu")
-    micro_tokens: int = flag(4096, "tokens in a pass, a sequence at least: memory only", 1)
+    micro_tokens: int = flag(4096, "tokens in a pass, a sequence at least: memory only (a small policy on a GPU: 32768)", 1)
     gradient_checkpointing: int = flag(0, "less memory, more time", 0, 1)
     bf16: int = flag(0, "the policy in bfloat16; theta and its sums in float32", 0, 1)
     chat_template_kwargs: str = flag("", "JSON that a checkpoint's chat template is told")

@@ -122,12 +122,11 @@ def width_of(state: Decoding) -> int:
 
 class CudaGraph:
     """record(once, reset): what calls `once` by replaying its kernels. An exception where that cannot be done."""
-    pool = None  # of memory for what comes and goes in a step: no two are replayed at once, so all share it
+    alive = weakref.WeakSet()  # no two are replayed at once: memory for what comes and goes in a step is shared by all
 
     def __init__(self, once: Any, reset: Any):
         self.graph = torch.cuda.CUDAGraph()
-        if CudaGraph.pool is None:
-            CudaGraph.pool = torch.cuda.graph_pool_handle()
+        pool = next((other.graph.pool() for other in CudaGraph.alive), None)  # it goes with the last one
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # The random numbers of warming up are nobody's: a resumed run captures at another step, and repeats.
@@ -145,8 +144,9 @@ class CudaGraph:
                 reset()
             torch.cuda.current_stream().wait_stream(stream)
             # Only this thread's calls may not disturb: with several GPUs another one watches their messages.
-            with torch.cuda.graph(self.graph, self.pool, stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
                 once()
+        CudaGraph.alive.add(self)
 
     def __call__(self) -> None:
         self.graph.replay()

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 ROOT = Path(__file__).resolve().parent.parent
 # Parameters. On a CPU such a policy gains little from a second thread (a tenth of the time), and loses much where the
-# cores are busy: 20 steps of gp then took 41 s with one thread and 190 s with two.
+# cores are busy: 20 steps of gp then took 41 s with one thread and 190 s with two. On a GPU a pass costs its launches,
+# not its tokens, and fits many.
 SMALL = 10 ** 7
+SMALL_PASS = 2 ** 15
 
 
 def load_policy(config: Any, task: Any, core: Any, learns: bool = True) -> tuple:
@@ -50,8 +52,11 @@ def load_policy(config: Any, task: Any, core: Any, learns: bool = True) -> tuple
                              "pass --model, a checkpoint")
         eyes = "vision-language " if sees else ""
         raise ValueError(f"--model {config.model}: not a {eyes}checkpoint for {config.task} ({text})")
-    if config.device == "cpu" and model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    if model.num_parameters() < SMALL:
+        if config.device != "cpu":
+            config.micro_tokens = max(config.micro_tokens, SMALL_PASS)
+        elif "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
     return model, tokenizer
 
 

@@ -7,7 +7,7 @@
     python recipes/real.py --model runs/smollm2 --search                # learning rates, by val, on a seed of their own
     python recipes/real.py --model runs/smollm2 --list                  # the commands, without running them
 
-Each method is a run of amft.py in a process of its own, into OUT/METHOD-SEED. What is finished is skipped, what was
+Each method is a run of compare/rivals.py (amft.py with its --before) in a process of its own, into OUT/METHOD-SEED. What is finished is skipped, what was
 cut off goes on from its last state, so this may be stopped and started at will; --minutes stops it by itself. It ends
 with a table of success in percent, in and out of distribution (OUT/table.md), and a figure of success and mu over the
 steps (OUT/real.png). Figures from one seed are a lead, not a result.
@@ -43,10 +43,7 @@ OWN = {
     "fixed": ["--warmup", str(WARMUP), "--mu", "0.5"],
     "amft": ["--warmup", str(WARMUP), "--mu", "0.5", "--utility", "both"],
 }
-COMMON = {  # flags that every method reads
-    "math": ["--max-new-tokens", "110", "--demos", "5000"],
-    "gp": ["--max-new-tokens", "110", "--demos", "5000"],
-}
+COMMON = ["--max-new-tokens", "110", "--demos", "5000", "--micro-tokens", "8192"]  # flags that every method reads
 EXPLORATION = ["--samples", "8", "--advantage", "group"]
 SEARCH_SEED = 100
 GRACE = 60  # seconds that a run has to finish its step and keep its state
@@ -59,7 +56,10 @@ def flags_of(method, lr, seed, args):
         n_steps = n_steps * args.meta_every // (args.meta_every + 1)  # the rest are samples of val
     flags = ["--task", args.task, "--method", method, "--model", str(args.model), "--lr", lr, "--seed", str(seed),
              "--steps", str(n_steps + WARMUP * (method != "rl")), "--eval-n", str(args.eval_n), "--eval-samples", "4",
-             "--val-every", str(args.val_every), "--device", args.device, *COMMON[args.task], *OWN[method]]
+             "--val-every", str(args.val_every), "--device", args.device, *COMMON, *OWN[method]]
+    flags += ["--before", str(int(method == "sft"))]  # the untrained model is one for all
+    if args.search:
+        flags += ["--splits", "val"]
     if method != "rl":
         flags += ["--sft-batch", str(args.sft_batch), "--imitation", "nll"]
     if method != "sft":
@@ -121,8 +121,8 @@ def run(folder, flags, end):
         folder.parent.mkdir(parents=True, exist_ok=True)
         began_of(folder).write_text(shlex.join(flags))
         words = [*flags, "--out", str(folder)]
-    print(f"$ python amft.py {shlex.join(words)}", flush=True)
-    process = subprocess.Popen([sys.executable, str(ROOT / "amft.py"), *words])
+    print(f"$ python compare/rivals.py {shlex.join(words)}", flush=True)
+    process = subprocess.Popen([sys.executable, str(ROOT / "compare" / "rivals.py"), *words])
     try:
         return process.wait(max(1.0, end - time.time() - GRACE))
     except subprocess.TimeoutExpired:
@@ -158,15 +158,16 @@ def report(args):
 
 def table_lines(done):
     """Markdown: mean success in percent at each policy's best temperature on val, over seeds; each seed's in brackets."""
-    first = next(iter(done.values()))[0]
-    before = {row["split"]: row for row in rows_of(first, "eval") if row["step"] == 0}
-    lines = ["| method | " + " | ".join(before) + " | mu at the end | responses | minutes | learning rate |",
-             "|---|" + "---|" * (len(before) + 4)]
-    base = [f"{100 * row['best'][0]:.1f}" for row in before.values()]
-    lines.append("| before | " + " | ".join(base) + " | | 0 | | |")
+    before = untrained(done)
+    splits = before or [row["split"] for row in rows_of(next(iter(done.values()))[0], "eval") if row["whole"]]
+    lines = ["| method | " + " | ".join(splits) + " | mu at the end | responses | minutes | learning rate |",
+             "|---|" + "---|" * (len(splits) + 4)]
+    if before:
+        base = [f"{100 * row['best'][0]:.1f}" for row in before.values()]
+        lines.append("| before | " + " | ".join(base) + " | | 0 | | |")
     for method, folders in done.items():
         cells = []
-        for split in before:
+        for split in splits:
             values = [100 * last_of(folder, split)["best"][0] for folder in folders]
             each = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{each}")
@@ -176,6 +177,12 @@ def table_lines(done):
         lines.append(f"| {method} | " + " | ".join(cells) + f" | {statistics.mean(s['mu'] for s in steps):.2f} | "
                      f"{statistics.mean(s['rollouts'] for s in steps):.0f} | {minutes:.1f} | {lr:g} |")
     return lines
+
+
+def untrained(done):
+    """{split: its evaluation before any training}, which the runs of SFT have; empty without them."""
+    rows = [row for folders in done.values() for folder in folders for row in rows_of(folder, "eval")]
+    return {row["split"]: row for row in rows if row["step"] == 0}
 
 
 def last_of(folder, split):
@@ -191,11 +198,14 @@ def draw(done, path):
         return "No figure: pip install matplotlib"
     figure = Figure((11, 4.2), layout="constrained")
     success, mu = figure.subplots(1, 2)
+    before = untrained(done)
     for i, (method, folders) in enumerate(done.items()):
         colour = "black" if method == "amft" else f"C{i}"
         for n, folder in enumerate(folders):
             name = method if n == 0 else None
-            rows = [row for row in rows_of(folder, "eval") if row["split"] == "val"]
+            rows = [row for row in rows_of(folder, "eval") if row["split"] == "val" and row["step"]]
+            if before:
+                rows.insert(0, before["val"])
             success.plot([row["step"] for row in rows], [100 * row["success"] for row in rows], "o-", markersize=3,
                          linewidth=1, color=colour, label=name)
             rows = rows_of(folder, "step")
@@ -210,7 +220,7 @@ def draw(done, path):
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a checkpoint folder, or a hub's name")
-    parser.add_argument("--task", choices=tuple(COMMON), default="math")
+    parser.add_argument("--task", choices=("math", "gp"), default="math")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=tuple(OWN), default=list(OWN))
     parser.add_argument("--out", type=Path, help="default: runs/real-TASK")
@@ -240,7 +250,7 @@ def main(argv=None):
             tidy(folder, args)
             continue
         if args.list:
-            print(f"python amft.py {shlex.join(flags)} --out {os.path.relpath(folder)}")
+            print(f"python compare/rivals.py {shlex.join(flags)} --out {os.path.relpath(folder)}")
             continue
         if time.time() > end - GRACE:
             print(f"{args.minutes:g} minutes are over; the same command goes on with {folder.name}")

@@ -55,7 +55,7 @@ def test_a_comparison_is_stopped_and_goes_on(tmp_path, capfd, monkeypatch):
     real.main(arguments(out, *methods))
     assert "$ python" not in capfd.readouterr().out  # nothing is left to do
     real.main(arguments(out, *methods, "--list", "--seeds", "0", "1"))
-    assert capfd.readouterr().out.count("python amft.py") == 2  # the other seed
+    assert capfd.readouterr().out.count("python compare/rivals.py") == 2  # the other seed
     (out / "rl-0.flags").write_text("--lr 1")
     with pytest.raises(SystemExit, match="other flags"):
         real.main(arguments(out, "--methods", "rl"))
