@@ -320,14 +320,15 @@ def answer_replies(model: Model, tokenizer: Tokenizer, played: list, reply: Repl
                    done: Tensor) -> tuple:
     """The task's turn: (observations (B,), points (B, n) at replies' last tokens, done (B,))."""
     observations = [""] * len(played)  # what is over is shown one end, which nobody reads
-    reply = Reply(*[part.cpu() for part in reply])  # at once: each row would wait for the device
-    points = torch.zeros_like(reply.mask)
+    ids = reply.ids.tolist()  # at once: each row would wait for the device
+    lengths = reply.mask.sum(1).long().tolist()
+    stops = set(stop_token_ids(model))
+    points = torch.zeros(reply.mask.shape)
     done = done.to("cpu", copy=True)
     for row in (~done).nonzero().squeeze(1).tolist():
-        response = reply.ids[row, reply.mask[row].bool()].tolist()
-        text = tokenizer.decode([i for i in response if i not in stop_token_ids(model)])
+        text = tokenizer.decode([i for i in ids[row][:lengths[row]] if i not in stops])
         observation, point, over = played[row].step(text)
-        points[row, len(response) - 1] = point
+        points[row, lengths[row] - 1] = point
         done[row] = over
         observations[row] = "" if over else observation
     return observations, points.to(model.device), done.to(model.device)
@@ -767,12 +768,11 @@ def evaluate(model: Model, tokenizer: Tokenizer, task: Task, config: Config, spl
     """A row of the log (Task.measures): same episodes, same noise. at_once: conversations."""
     torch.manual_seed(0)
     episodes = task.episodes(split, config.eval_n)
-    n = config.max_new_tokens
     width = max(1, at_once // samples)
     played = []
     for start in range(0, len(episodes), width):
-        part = episodes[start:start + width]
-        played += rollout(model, tokenizer, part, samples, n, temperature).episodes
+        played += rollout(model, tokenizer, episodes[start:start + width], samples,
+                          config.max_new_tokens, temperature).episodes
     return dict(split=split, n=len(episodes), samples=samples, **task.measures(played, samples))
 
 # --- A run, from its arguments ---

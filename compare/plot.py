@@ -1,6 +1,6 @@
 """Figures (needs matplotlib): of recorded studies, from compare/recorded/STUDY.jsonl alone, or of one run.
 
-    python compare/plot.py gp             # compare/recorded/gp-{pareto,curves}.png
+    python compare/plot.py gp             # runs/compare/gp-{pareto,curves}.png
     python compare/plot.py tasks virl     # of its group virl: tasks-virl-curves.png
     python compare/plot.py runs/gp        # runs/gp/curves.png
 """
@@ -12,7 +12,7 @@ from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare.logs import RECORDED, read, study_of  # noqa: E402
+from compare.logs import RUNS, read, study_of  # noqa: E402
 from compare.tables import searched  # noqa: E402
 from harness import screen  # noqa: E402
 
@@ -153,9 +153,10 @@ def main():
         study = study_of(args.what, args.group)
     except ValueError as error:
         parser.error(str(error))
+    RUNS.mkdir(parents=True, exist_ok=True)
     for name, figure in figures(study).items():
         parts = [args.what, *args.group.split("/"), name]
-        path = RECORDED / f"{'-'.join(filter(None, parts))}.png"
+        path = RUNS / f"{'-'.join(filter(None, parts))}.png"
         figure.savefig(path, dpi=110)
         print(path)
 

@@ -48,23 +48,6 @@ def test_the_readmes_print_the_recorded_tables():
     assert "\n".join(tables.together(logs.recorded("tasks"))[3:]) in readme
 
 
-def pixels(path):
-    from matplotlib.image import imread
-    return imread(path)
-
-
-@pytest.mark.parametrize("name", ["curves", "pareto"])
-def test_recorded_figures_are_drawn_from_the_recorded_rows_alone(name, tmp_path):
-    """A figure that shows other runs, or was drawn by another plot.py."""
-    study = logs.Study(logs.recorded("gp"))
-    figures = dict(curves=plot.curves, pareto=plot.pareto)
-    figures[name](study).savefig(tmp_path / "figure.png", dpi=110)
-    drawn, recorded = pixels(tmp_path / "figure.png"), pixels(logs.RECORDED / f"gp-{name}.png")
-    assert abs(drawn.shape[1] - recorded.shape[1]) <= 2  # fonts differ between versions
-    if drawn.shape == recorded.shape:
-        assert abs(drawn - recorded).mean() < 0.05
-
-
 def test_the_figures_keep_each_runs_own_points():
     """Points of one method under another's name; a front with what is below it."""
     study = logs.Study(logs.recorded("gp"))

@@ -6,11 +6,13 @@
     python recipes/real.py --model runs/smollm2 --task gp
     python recipes/real.py --model runs/smollm2 --search                # learning rates, by val, on a seed of their own
     python recipes/real.py --model runs/smollm2 --list                  # the commands, without running them
+    python recipes/real.py --model runs/smollm2 --record                # its logs into recipes/real.jsonl
+    python recipes/real.py --recorded                                   # table and figure, of real.jsonl alone
 
 Each method is a run of compare/rivals.py (amft.py with its --before) in a process of its own, into OUT/METHOD-SEED. What is finished is skipped, what was
 cut off goes on from its last state, so this may be stopped and started at will; --minutes stops it by itself. It ends
 with a table of success in percent, in and out of distribution (OUT/table.md), and a figure of success and mu over the
-steps (OUT/real.png). Figures from one seed are a lead, not a result.
+steps (OUT/real.png). What is not finished is in both as far as it came. Figures from one seed are a lead, not a result.
 
 The budget: --responses are sampled by each method that samples, the controller's own on val included, so AMFT takes
 fewer steps of RL. SFT samples none and gets as many steps as RL after the warm-up. Learning rates are those of LR until
@@ -19,6 +21,7 @@ Success is at each policy's own best temperature (harness/evaluation.py), in the
 """
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -26,6 +29,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,8 +48,12 @@ OWN = {
     "amft": ["--warmup", str(WARMUP), "--mu", "0.5", "--utility", "both"],
 }
 COMMON = ["--max-new-tokens", "110", "--demos", "5000", "--micro-tokens", "8192"]  # flags that every method reads
+NAMES = {"sft": "SFT", "rl": "RL", "sft-rl": "SFT then RL", "fixed": "mu = 0.5", "amft": "AMFT"}
 EXPLORATION = ["--samples", "8", "--advantage", "group"]
 SEARCH_SEED = 100
+RECORDED = Path(__file__).with_suffix(".jsonl")
+KEPT = ("kind", "step", "steps", "lr", "mu", "success", "entropy", "rollouts", "seconds", "split", "whole", "best", "greedy",
+        "temperature")  # of a row
 GRACE = 60  # seconds that a run has to finish its step and keep its state
 
 
@@ -141,56 +149,71 @@ def tidy(folder, args):
         shutil.rmtree(folder / "final", ignore_errors=True)
 
 
-def report(args):
-    """The table and the figure of all runs that are finished."""
-    done = {}  # {method: [folder]}
+def report(folder, figure):
+    """The table of the runs in a folder, and their figure."""
+    begun = {}  # {method: [folder]}
     for method in OWN:
-        folders = [folder for folder in sorted(args.out.glob(f"{method}-[0-9]*")) if rows_of(folder, "final")]
+        folders = [run for run in sorted(folder.glob(f"{method}-[0-9]*")) if rows_of(run, "step")]
         if folders:
-            done[method] = folders
-    if not done:
-        return print("no run is finished yet")
-    lines = table_lines(done)
-    (args.out / "table.md").write_text("\n".join(lines) + "\n")
+            begun[method] = folders
+    if not begun:
+        return print("no run has taken a step yet")
+    lines = table_lines(begun)
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n")
-    print(draw(done, args.out / "real.png"))
+    print(draw(begun, figure))
 
 
-def table_lines(done):
-    """Markdown: mean success in percent at each policy's best temperature on val, over seeds; each seed's in brackets."""
-    before = untrained(done)
-    splits = before or [row["split"] for row in rows_of(next(iter(done.values()))[0], "eval") if row["whole"]]
-    lines = ["| method | " + " | ".join(splits) + " | mu at the end | responses | minutes | learning rate |",
-             "|---|" + "---|" * (len(splits) + 4)]
-    if before:
-        base = [f"{100 * row['best'][0]:.1f}" for row in before.values()]
-        lines.append("| before | " + " | ".join(base) + " | | 0 | | |")
-    for method, folders in done.items():
-        cells = []
-        for split in splits:
-            values = [100 * last_of(folder, split)["best"][0] for folder in folders]
-            each = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{each}")
-        steps = [rows_of(folder, "step")[-1] for folder in folders]
-        minutes = statistics.mean(step["seconds"] for step in steps) / 60
-        lr = rows_of(folders[0], "config")[0]["lr"]
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {statistics.mean(s['mu'] for s in steps):.2f} | "
-                     f"{statistics.mean(s['rollouts'] for s in steps):.0f} | {minutes:.1f} | {lr:g} |")
-    return lines
+def is_finished(run):
+    return bool(rows_of(run, "final"))
 
 
-def untrained(done):
+def untrained(begun):
     """{split: its evaluation before any training}, which the runs of SFT have; empty without them."""
-    rows = [row for folders in done.values() for folder in folders for row in rows_of(folder, "eval")]
+    rows = [row for runs in begun.values() for run in runs for row in rows_of(run, "eval")]
     return {row["split"]: row for row in rows if row["step"] == 0}
 
 
-def last_of(folder, split):
+def last_of(run, split):
     """The last whole evaluation of a split."""
-    return [row for row in rows_of(folder, "eval") if row["split"] == split and row["whole"]][-1]
+    return [row for row in rows_of(run, "eval") if row["split"] == split and row["whole"]][-1]
 
 
-def draw(done, path):
+def table_lines(begun):
+    """Markdown: mean success in percent at each policy's best temperature on val, over seeds; each seed's in brackets."""
+    before = untrained(begun)
+    whole = [row for runs in begun.values() for run in runs for row in rows_of(run, "eval") if row["whole"]]
+    splits = dict.fromkeys(row["split"] for row in whole)
+    lines = ["| method | " + " | ".join(splits) + " | mu at the end | responses | minutes | learning rate |",
+             "|---|" + "---|" * (len(splits) + 4)]
+    if before:
+        lines.append("| before | " + " | ".join(f"{100 * row['best'][0]:.1f}" for row in before.values()) + " | | | | |")
+    for method, runs in begun.items():
+        done = [run for run in runs if is_finished(run)]
+        if done:
+            lines.append(table_line(NAMES[method], done, [means(done, split) for split in splits]))
+        for run in runs:
+            if run not in done:
+                last, n = rows_of(run, "step")[-1]["step"], rows_of(run, "config")[0]["steps"]
+                lines.append(table_line(f"{NAMES[method]}, cut off at step {last} of {n}", [run], ["-"] * len(splits)))
+    return lines
+
+
+def means(runs, split):
+    """A cell of the table."""
+    values = [100 * last_of(run, split)["best"][0] for run in runs]
+    each = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{each}"
+
+
+def table_line(name, runs, cells):
+    last = [rows_of(run, "step")[-1] for run in runs]
+    mu, responses, seconds = (statistics.mean(row[key] for row in last) for key in ("mu", "rollouts", "seconds"))
+    lr = rows_of(runs[0], "config")[0]["lr"]
+    return f"| {name} | " + " | ".join(cells) + f" | {mu:.2f} | {responses:.0f} | {seconds / 60:.1f} | {lr:g} |"
+
+
+def draw(begun, path):
     """Success on val over steps, and mu, a line a run; what became of it, in words."""
     try:
         from matplotlib.figure import Figure
@@ -198,28 +221,57 @@ def draw(done, path):
         return "No figure: pip install matplotlib"
     figure = Figure((11, 4.2), layout="constrained")
     success, mu = figure.subplots(1, 2)
-    before = untrained(done)
-    for i, (method, folders) in enumerate(done.items()):
-        colour = "black" if method == "amft" else f"C{i}"
-        for n, folder in enumerate(folders):
-            name = method if n == 0 else None
-            rows = [row for row in rows_of(folder, "eval") if row["split"] == "val" and row["step"]]
+    before = untrained(begun)
+    for i, (method, runs) in enumerate(begun.items()):
+        style = dict(linewidth=1.2, color="black" if method == "amft" else f"C{i}")
+        for n, run in enumerate(runs):
+            name = None if n else NAMES[method] + ("" if is_finished(run) else ", cut off")
+            rows = [row for row in rows_of(run, "eval") if row["split"] == "val" and row["step"]]
             if before:
                 rows.insert(0, before["val"])
             success.plot([row["step"] for row in rows], [100 * row["success"] for row in rows], "o-", markersize=3,
-                         linewidth=1, color=colour, label=name)
-            rows = rows_of(folder, "step")
-            mu.plot([row["step"] for row in rows], [row["mu"] for row in rows], linewidth=1, color=colour, label=name)
+                         label=name, **style)
+            rows = rows_of(run, "step")
+            mu.plot([row["step"] for row in rows], [row["mu"] for row in rows], **style)
     success.set(title="samples right on validation, %", xlabel="step", ylim=(0, None))
     mu.set(title="mu: 0 is RL, 1 is SFT", xlabel="step", ylim=(-0.03, 1.03))
     success.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     return f"Figure: {path}"
+
+
+# --- What was recorded ---
+def record(out):
+    """Keep of the logs in a folder what table and figure read, in recipes/real.jsonl; how many runs."""
+    logs = sorted(log for log in out.glob("*-[0-9]*/metrics.jsonl"))
+    with open(RECORDED, "w") as file:
+        for log in logs:
+            for row in rows_of(log.parent, "config", "step", "eval", "final"):
+                kept = {key: row[key] for key in KEPT if key in row}
+                file.write(json.dumps({"run": log.parent.name, **kept}) + "\n")
+    return len(logs)
+
+
+def unpack(folder):
+    """The logs of recipes/real.jsonl as folders of runs."""
+    for line in RECORDED.read_text().splitlines():
+        row = json.loads(line)
+        run = folder / row.pop("run")
+        run.mkdir(exist_ok=True)
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def show_recorded():
+    """The table of recipes/real.jsonl; the figure beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(Path(folder))
+        report(Path(folder), RECORDED.with_suffix(".png"))
 
 
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a checkpoint folder, or a hub's name")
+    parser.add_argument("--model", help="a checkpoint folder, or a hub's name")
     parser.add_argument("--task", choices=("math", "gp"), default="math")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=tuple(OWN), default=list(OWN))
@@ -236,13 +288,21 @@ def arguments(argv):
     parser.add_argument("--keep", action="store_true", help="states and policies of finished runs, too")
     parser.add_argument("--search", action="store_true", help=f"learning rates {', '.join(RATES)}, seed {SEARCH_SEED}")
     parser.add_argument("--list", action="store_true", help="print the commands that are still to do")
+    parser.add_argument("--record", action="store_true", help=f"keep the logs in {RECORDED.name}")
+    parser.add_argument("--recorded", action="store_true", help=f"table and figure of {RECORDED.name}")
     args = parser.parse_args(argv)
+    if not args.model and not args.recorded:
+        parser.error("--model: a checkpoint folder, or a hub's name, is needed; python recipes/smollm2.py makes one")
     args.out = args.out or ROOT / "runs" / f"real-{args.task}"
     return args
 
 
 def main(argv=None):
     args = arguments(argv)
+    if args.recorded:
+        return show_recorded()
+    if args.record:
+        return print(f"{record(args.out)} runs in {RECORDED}")
     end = time.time() + 60 * args.minutes
     for folder, flags in jobs_of(args).items():
         refuse_other_flags(folder, flags)
@@ -263,7 +323,7 @@ def main(argv=None):
             sys.exit(code)
         tidy(folder, args)
     if not args.list:
-        report(args)
+        report(args.out, args.out / "real.png")
 
 
 if __name__ == "__main__":

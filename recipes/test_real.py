@@ -48,7 +48,7 @@ def test_a_comparison_is_stopped_and_goes_on(tmp_path, capfd, monkeypatch):
     assert stopped in (0, 130)
     real.main(arguments(out, *methods))
     said = capfd.readouterr().out
-    assert "| sft | " in said and "| amft | " in said and "| before | " in said
+    assert "| SFT | " in said and "| AMFT | " in said and "| before | " in said
     assert (out / "table.md").read_text().strip() in said
     assert not (out / "amft-0" / "state.pt").exists()
     assert (out / "real.png").exists() or importlib.util.find_spec("matplotlib") is None
@@ -74,3 +74,40 @@ def test_a_search_chooses_by_val(tmp_path):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert real.best_rate("rl", args) == real.RATES[1]
     assert shlex.join(next(iter(real.jobs_of(args).values()))).count(f"--lr {real.LR['sft']}") == 1
+
+
+def test_what_was_recorded_gives_the_same_table(tmp_path, monkeypatch, capsys):
+    """A key that the table reads and the record lacks; a run that was cut off in the place of a finished one."""
+    out, again = tmp_path / "out", tmp_path / "again"
+    monkeypatch.setattr(real, "RECORDED", tmp_path / "real.jsonl")
+    for run, steps in (("sft-0", 4), ("sft-1", 4), ("amft-0", 2)):
+        rows = [dict(kind="config", steps=4, lr=1e-5, model="base")]
+        rows += [dict(kind="eval", step=0, split=split, whole=True, success=0.1, best=[0.2, 0, 1], temperature=0.1)
+                 for split in ("val", "id") if run == "sft-0"]
+        for t in range(1, steps + 1):
+            rows.append(dict(kind="step", step=t, mu=0.5, rollouts=8 * t, seconds=30.0 * t, success=0.1, entropy=1.0))
+        if steps == 4:
+            rows += [dict(kind="eval", step=4, split=split, whole=True, success=0.3, best=[0.4 + int(run[-1]), 0, 1],
+                          temperature=0.1) for split in ("val", "id")]
+            rows.append(dict(kind="final"))
+        (out / run).mkdir(parents=True)
+        (out / run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    real.report(out, out / "real.png")
+    assert real.record(out) == 3
+    again.mkdir()
+    real.unpack(again)
+    real.report(again, again / "real.png")
+    table = (out / "table.md").read_text()
+    assert table == (again / "table.md").read_text()
+    lines = table.splitlines()
+    assert lines[2] == "| before | 20.0 | 20.0 | | | | |"
+    assert lines[3] == "| SFT | 90.0 (40.0, 140.0) | 90.0 (40.0, 140.0) | 0.50 | 32 | 2.0 | 1e-05 |"
+    assert lines[4] == "| AMFT, cut off at step 2 of 4 | - | - | 0.50 | 16 | 1.0 | 1e-05 |"
+
+
+def test_the_readme_has_the_recorded_table(tmp_path, capsys):
+    """A figure that no command makes."""
+    real.unpack(tmp_path)
+    real.report(tmp_path, tmp_path / "real.png")
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert "\n".join(table) in (ROOT / "recipes" / "README.md").read_text()
