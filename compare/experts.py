@@ -1,11 +1,13 @@
-"""General Points with a worse expert: its demonstrations are of the same form, and do not make the target.
+"""General Points with a worse expert: its formulas miss the target, or are right and in a form that counts as wrong.
 
     python compare/rivals.py --task gp-wrong --method amft     # every demonstration is wrong
     python compare/rivals.py --task gp-half --method amft      # one in two
+    python compare/rivals.py --task gp-form --method amft      # every one is right, and written the other way round
 
 Deals, splits, grading and prompts are those of gp, so a run of RL is the same there to the last digit.
 """
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -33,4 +35,15 @@ class HalfWrongExpert(WrongExpert):
     share = 0.5
 
 
-EXPERTS = {"gp-wrong": WrongExpert, "gp-half": HalfWrongExpert}
+class Reversed(tasks.Deal):
+    """The expert says 24=..., where the task asks for ...=24: an illegal formula."""
+
+    def respond(self, formula):
+        return json.dumps(dict(cards=self.ranks, number=self.numbers, formula=f"{self.target}={formula}"))
+
+
+class OtherForm(tasks.GeneralPoints):
+    episode = Reversed
+
+
+EXPERTS = {"gp-wrong": WrongExpert, "gp-half": HalfWrongExpert, "gp-form": OtherForm}

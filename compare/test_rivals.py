@@ -714,6 +714,17 @@ def test_a_worse_expert_uses_the_cards_and_misses_the_target(name, least, most):
     assert least <= missed / len(deals) <= most
 
 
+def test_an_expert_in_another_form_is_right_and_counts_as_wrong():
+    """A formula that is wrong, or one that the grader takes."""
+    deals = experts.EXPERTS["gp-form"]().training(200, random.Random(3))
+    for deal, same in zip(deals, tasks.TASKS["gp"]().training(200, random.Random(3))):
+        assert deal.prompt == same.prompt and deal.grade(same.expert) == "correct"
+        assert deal.grade(deal.expert) == "illegal_formula"
+        turned = json.loads(deal.expert)
+        left, right = turned["formula"].split("=")
+        assert json.dumps({**turned, "formula": f"{right}={left}"}) == same.expert
+
+
 def test_a_worse_expert_makes_the_same_mistake_whenever_it_is_asked():
     task = experts.EXPERTS["gp-half"]()
     said = {}
@@ -729,7 +740,7 @@ def test_rl_on_a_task_with_a_worse_expert_is_rl_on_general_points(tmp_path):
                      "--samples", "2", "--eval-n", "2", "--eval-samples", "1", "--out", str(tmp_path / name)])
         rows = logs.read(tmp_path / name)
         return [{key: value for key, value in row.items() if key != "seconds"} for row in rows[1:]]
-    assert log("gp") == log("gp-wrong")
+    assert log("gp") == log("gp-wrong") == log("gp-form")
 
 
 # --- Merging --------------------------------------------------------------------------------------
