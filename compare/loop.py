@@ -39,8 +39,8 @@ def main():
         if x == to_x:
             tail, head = (x, y - 0.45), (x, to_y + 0.45)
         else:
-            tail = (x + 1.15, y)
-            head = (to_x - 1.25, to_y + 0.25 * ((y > to_y) - (y < to_y)))
+            tail = (x + (1.4 if start == "look" else 1.15), y)
+            head = (to_x - 1.3, to_y + 0.25 * ((y > to_y) - (y < to_y)))
         axis.annotate("", head, tail, arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.3))
     for x in (4.2, 13.0):  # from the step, below all else, to where the policy speaks
         axis.plot([x, x], [0.15, BOXES["samples" if x < 5 else "step"][1] - 0.45], color="black", linewidth=1.3)

@@ -19,9 +19,10 @@ first: each of its entries runs with the search's seed and flags, and the one th
 val or on the mean of the search's "splits", the first of equals, runs with every seed. amft.py refuses a
 flag that a method does not use, so "common" holds what all use. A name has no spaces; its part before a
 slash is its group, with tables of its own: gp/rl, virl/rl. "+sft +rl" stands for what soup.py merges of
-those two. For tables.py: "reference" (the run that others are compared with; amft), "pooled"
-({"ood": ["ood_rule", "ood_small"]}: means of splits), "reach" ([0.5]: rates on val to be reached),
-"clock" and "costs" ("rl", {"rl": 0.7, "amft": 1.0}: seconds a step, for a table at equal seconds).
+those two. "more" gives runs seeds of their own ({"amft": [0, 1, 2], "*/few": [0]}: the first pattern that
+fits). For tables.py: "reference" (the run that others are compared with; amft), "pooled" ({"ood":
+["ood_rule", "ood_small"]}: means of splits), "reach" ([0.5]: rates on val to be reached), "clock" and
+"costs" ("rl", {"rl": 0.7, "amft": 1.0}: seconds a step, for a table at equal seconds).
 
 Each run is `python compare/rivals.py` with the common flags, its own, --seed and --out, in a process and
 with a thread of its own; what it prints goes to NAME-SEED.txt beside its folder. Finished runs are
@@ -63,7 +64,14 @@ def cells(spec, folder, only="*"):
     table = collect(folder)
     names = [name for name in fnmatch.filter(spec["runs"], only)
              if not str(spec["runs"][name]).startswith("+")]  # made of others: soup.py
-    return [(name, seed, flags_of(table, name)) for seed in spec["seeds"] for name in names]
+    seeds = {name: seeds_of(spec, name) for name in names}
+    return [(name, seed, flags_of(table, name))
+            for seed in sorted(set().union(*seeds.values())) for name in names if seed in seeds[name]]
+
+
+def seeds_of(spec, name):
+    """A run's seeds: those of the first pattern of "more" that it matches, or the spec's."""
+    return next((own for pattern, own in spec.get("more", {}).items() if fnmatch.fnmatch(name, pattern)), spec["seeds"])
 
 
 def screen_of(out):
@@ -174,9 +182,10 @@ def main():
     if not fnmatch.filter(spec["runs"], args.only):
         known = ", ".join(spec["runs"])
         parser.error(f"--only {args.only}: no run has such a name; they are {known}")
-    seeds = args.seeds or spec["seeds"]
-    if not set(seeds) <= set(spec["seeds"]):
-        known = " ".join(map(str, spec["seeds"]))
+    all_seeds = set(spec["seeds"]).union(*spec.get("more", {}).values())
+    seeds = set(args.seeds or all_seeds)
+    if not seeds <= all_seeds:
+        known = " ".join(map(str, sorted(all_seeds)))
         parser.error(f"--seeds: must be among the spec's, {known}")
     folder = RUNS / args.spec.stem
     folder.mkdir(parents=True, exist_ok=True)

@@ -460,6 +460,20 @@ def flags_by_run(folder):
     return {(row["run"], row["seed"]): row["flags"][:-1] for row in finals}
 
 
+def test_runs_have_seeds_of_their_own(toy_matrix, capsys):
+    """A seed of another run, one that is missing, or a later pattern."""
+    go, folder, path, spec = toy_matrix
+    spec["runs"].pop("bad")
+    spec["more"] = {"gp/c*": [2], "gp/*": [0, 3]}
+    path.write_text(json.dumps(spec))
+    go()
+    assert set(flags_by_run(folder)) == {("search/gp/amft.0", 9), ("search/gp/amft.1", 9), ("gp/amft", 0),
+                                         ("gp/amft", 3), ("gp/cold", 2)}
+    capsys.readouterr()
+    go("--seeds", "3", "--list")
+    assert "1 runs, 0 to do" in capsys.readouterr().out
+
+
 def test_a_matrix_is_searched_run_resumed_and_not_run_again(toy_matrix, capsys):
     """Flags that are not the spec's or the best trial's; a failure that is hidden; work done twice."""
     go, folder, _, _ = toy_matrix

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 ROOT = Path(__file__).resolve().parent.parent
 # Parameters. On a CPU such a policy gains little from a second thread (a tenth of the time), and loses much where the
 # cores are busy: 20 steps of gp then took 41 s with one thread and 190 s with two. On a GPU a pass costs its launches,
-# not its tokens, and fits many.
+# not its tokens, of which many fit: more than --micro-tokens, where that was not given.
 SMALL = 10 ** 7
 SMALL_PASS = 2 ** 15
 
@@ -53,8 +53,9 @@ def load_policy(config: Any, task: Any, core: Any, learns: bool = True) -> tuple
         eyes = "vision-language " if sees else ""
         raise ValueError(f"--model {config.model}: not a {eyes}checkpoint for {config.task} ({text})")
     if model.num_parameters() < SMALL:
-        if config.device != "cpu":
-            config.micro_tokens = max(config.micro_tokens, SMALL_PASS)
+        if not config.device.startswith("cpu"):
+            if config.micro_tokens == type(config).micro_tokens:
+                config.micro_tokens = SMALL_PASS
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
     return model, tokenizer

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import amft  # noqa: E402
 import tasks  # noqa: E402
-from harness import arguments, run as running  # noqa: E402
+from harness import arguments, loading, run as running  # noqa: E402
 from harness.evaluation import evaluation, short_evaluation  # noqa: E402
 from harness.screen import Screen  # noqa: E402
 
@@ -398,6 +398,16 @@ def refused_as_checkpoint(model, tmp_path, capsys):
         assert f"--model {model}" in error
         assert "checkpoint" in error
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("device, given, passes", [
+    ("cpu", 4096, 4096), ("meta", 4096, 2 ** 15), ("meta", 1024, 1024), ("meta", 10 ** 6, 10 ** 6)])
+def test_a_small_policy_off_the_cpu_takes_a_batch_in_one_pass(device, given, passes, monkeypatch):
+    """A --micro-tokens that was given and does not count; many passes where one fits, which a GPU waits for."""
+    monkeypatch.setattr(loading, "device_of", lambda name: name)  # meta stands in for a GPU: it has no values
+    config = amft.Config(device=device, micro_tokens=given)
+    amft.load_policy(config, tasks.TASKS["gp"](), amft)
+    assert config.micro_tokens == passes
 
 
 def test_folders_and_names_that_are_no_checkpoints_are_refused(tiny, tmp_path, capsys, untrained):

@@ -6,13 +6,14 @@
     python recipes/real.py --model runs/smollm2 --task gp
     python recipes/real.py --model runs/smollm2 --search                # learning rates, by val, on a seed of their own
     python recipes/real.py --model runs/smollm2 --list                  # the commands, without running them
-    python recipes/real.py --model runs/smollm2 --record                # its logs into recipes/real.jsonl
+    python recipes/real.py --record                                     # its logs into recipes/real.jsonl
     python recipes/real.py --recorded                                   # table and figure, of real.jsonl alone
 
-Each method is a run of compare/rivals.py (amft.py with its --before) in a process of its own, into OUT/METHOD-SEED. What is finished is skipped, what was
-cut off goes on from its last state, so this may be stopped and started at will; --minutes stops it by itself. It ends
-with a table of success in percent, in and out of distribution (OUT/table.md), and a figure of success and mu over the
-steps (OUT/real.png). What is not finished is in both as far as it came. Figures from one seed are a lead, not a result.
+Each method is a run of compare/rivals.py (amft.py, and --before) in a process of its own, into OUT/METHOD-SEED. What is
+finished is skipped, what was cut off goes on from its last state, so this may be stopped and started at will; --minutes
+stops it by itself. It ends with a table of success in percent, in and out of distribution (OUT/table.md), and a figure of
+success and mu over the steps (OUT/real.png). What is not finished is in both as far as it came. Figures from one seed are
+a lead, not a result.
 
 The budget: --responses are sampled by each method that samples, the controller's own on val included, so AMFT takes
 fewer steps of RL. SFT samples none and gets as many steps as RL after the warm-up. Learning rates are those of LR until
@@ -52,8 +53,8 @@ NAMES = {"sft": "SFT", "rl": "RL", "sft-rl": "SFT then RL", "fixed": "mu = 0.5",
 EXPLORATION = ["--samples", "8", "--advantage", "group"]
 SEARCH_SEED = 100
 RECORDED = Path(__file__).with_suffix(".jsonl")
-KEPT = ("kind", "step", "steps", "lr", "mu", "success", "entropy", "rollouts", "seconds", "split", "whole", "best", "greedy",
-        "temperature")  # of a row
+KEPT = ("kind", "task", "seed", "steps", "lr", "step", "mu", "success", "rollouts", "seconds", "split", "whole",
+        "best")  # of a row
 GRACE = 60  # seconds that a run has to finish its step and keep its state
 
 
@@ -120,15 +121,19 @@ def refuse_other_flags(folder, flags):
         sys.exit(f"{folder}: was begun with other flags, {began.read_text()}; remove it, or name another --out")
 
 
+def words_of(folder, flags):
+    """What a run is started with, or goes on with."""
+    begun = (folder / "state.pt").exists()
+    return ["--resume", os.path.relpath(folder)] if begun else [*flags, "--out", os.path.relpath(folder)]
+
+
 def run(folder, flags, end):
     """A run until it is finished, or until the time `end`; its exit code, 130 where it was stopped."""
-    if (folder / "state.pt").exists():
-        words = ["--resume", str(folder)]
-    else:
+    words = words_of(folder, flags)
+    if words[0] != "--resume":
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         began_of(folder).write_text(shlex.join(flags))
-        words = [*flags, "--out", str(folder)]
     print(f"$ python compare/rivals.py {shlex.join(words)}", flush=True)
     process = subprocess.Popen([sys.executable, str(ROOT / "compare" / "rivals.py"), *words])
     try:
@@ -149,17 +154,29 @@ def tidy(folder, args):
         shutil.rmtree(folder / "final", ignore_errors=True)
 
 
-def report(folder, figure):
-    """The table of the runs in a folder, and their figure."""
-    begun = {}  # {method: [folder]}
+# --- What came out ---
+def begun_in(out):
+    """{method: its runs in a folder that have taken a step, by seed}."""
+    found = {}
     for method in OWN:
-        folders = [run for run in sorted(folder.glob(f"{method}-[0-9]*")) if rows_of(run, "step")]
-        if folders:
-            begun[method] = folders
+        runs = [run for run in out.glob(f"{method}-*") if run.name.removeprefix(f"{method}-").isdecimal()]
+        runs = [run for run in sorted(runs, key=seed_of) if rows_of(run, "step")]
+        if runs:
+            found[method] = runs
+    return found
+
+
+def seed_of(run):
+    return int(run.name.rpartition("-")[2])
+
+
+def report(out, figure):
+    """The table of the runs in a folder, and their figure."""
+    begun = begun_in(out)
     if not begun:
         return print("no run has taken a step yet")
     lines = table_lines(begun)
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    (out / "table.md").write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n")
     print(draw(begun, figure))
 
@@ -168,49 +185,55 @@ def is_finished(run):
     return bool(rows_of(run, "final"))
 
 
+def whole_evaluations(begun):
+    """[(run, row)] of all whole evaluations."""
+    return [(run, row) for runs in begun.values() for run in runs for row in rows_of(run, "eval") if row["whole"]]
+
+
 def untrained(begun):
     """{split: its evaluation before any training}, which the runs of SFT have; empty without them."""
-    rows = [row for runs in begun.values() for run in runs for row in rows_of(run, "eval")]
-    return {row["split"]: row for row in rows if row["step"] == 0}
-
-
-def last_of(run, split):
-    """The last whole evaluation of a split."""
-    return [row for row in rows_of(run, "eval") if row["split"] == split and row["whole"]][-1]
+    return {row["split"]: row for _, row in whole_evaluations(begun) if row["step"] == 0}
 
 
 def table_lines(begun):
-    """Markdown: mean success in percent at each policy's best temperature on val, over seeds; each seed's in brackets."""
+    """Markdown: success in percent at each policy's best temperature on val, its mean over seeds, and its interval
+    (from problems) or each seed's."""
+    splits = list(dict.fromkeys(row["split"] for _, row in whole_evaluations(begun)))
+    header = ["method", *splits, "mu at the end", "responses", "minutes", "learning rate"]
+    lines = [header, ["---"] * len(header)]
     before = untrained(begun)
-    whole = [row for runs in begun.values() for run in runs for row in rows_of(run, "eval") if row["whole"]]
-    splits = dict.fromkeys(row["split"] for row in whole)
-    lines = ["| method | " + " | ".join(splits) + " | mu at the end | responses | minutes | learning rate |",
-             "|---|" + "---|" * (len(splits) + 4)]
     if before:
-        lines.append("| before | " + " | ".join(f"{100 * row['best'][0]:.1f}" for row in before.values()) + " | | | | |")
+        lines.append(["before", *(cell([before.get(split)]) for split in splits), "", "", "", ""])
     for method, runs in begun.items():
         done = [run for run in runs if is_finished(run)]
         if done:
-            lines.append(table_line(NAMES[method], done, [means(done, split) for split in splits]))
+            last = [{row["split"]: row for row in rows_of(run, "eval") if row["whole"] and row["step"]} for run in done]
+            cells = [cell([rows.get(split) for rows in last]) for split in splits]
+            lines.append([NAMES[method], *cells, *how(done)])
         for run in runs:
             if run not in done:
                 last, n = rows_of(run, "step")[-1]["step"], rows_of(run, "config")[0]["steps"]
-                lines.append(table_line(f"{NAMES[method]}, cut off at step {last} of {n}", [run], ["-"] * len(splits)))
-    return lines
+                lines.append([f"{NAMES[method]}, cut off at step {last} of {n}", *["-"] * len(splits), *how([run])])
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def means(runs, split):
-    """A cell of the table."""
-    values = [100 * last_of(run, split)["best"][0] for run in runs]
-    each = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{each}"
+def cell(rows):
+    """Success of the evaluations of a split, one a seed; "-" where a run has none."""
+    if None in rows:
+        return "-"
+    best = [[100 * share for share in row["best"]] for row in rows]
+    if len(best) == 1:
+        return "{:.1f} [{:.0f}, {:.0f}]".format(*best[0])
+    return f"{statistics.mean(share for share, _, _ in best):.1f} ({', '.join(f'{share:.1f}' for share, _, _ in best)})"
 
 
-def table_line(name, runs, cells):
-    last = [rows_of(run, "step")[-1] for run in runs]
-    mu, responses, seconds = (statistics.mean(row[key] for row in last) for key in ("mu", "rollouts", "seconds"))
-    lr = rows_of(runs[0], "config")[0]["lr"]
-    return f"| {name} | " + " | ".join(cells) + f" | {mu:.2f} | {responses:.0f} | {seconds / 60:.1f} | {lr:g} |"
+def how(runs):
+    """The last cells of a line: mu at the end, responses, minutes, learning rate."""
+    steps = [rows_of(run, "step") for run in runs]
+    minutes = statistics.mean(rows[-1]["seconds"] - rows[0]["seconds"] for rows in steps) / 60  # loading apart
+    rates = dict.fromkeys(f"{rows_of(run, 'config')[0]['lr']:g}" for run in runs)
+    return [f"{statistics.mean(rows[-1]['mu'] for rows in steps):.2f}",
+            f"{statistics.mean(rows[-1]['rollouts'] for rows in steps):.0f}", f"{minutes:.1f}", ", ".join(rates)]
 
 
 def draw(begun, path):
@@ -225,7 +248,7 @@ def draw(begun, path):
     for i, (method, runs) in enumerate(begun.items()):
         style = dict(linewidth=1.2, color="black" if method == "amft" else f"C{i}")
         for n, run in enumerate(runs):
-            name = None if n else NAMES[method] + ("" if is_finished(run) else ", cut off")
+            name = None if n else NAMES[method] + ("" if all(map(is_finished, runs)) else ", cut off")
             rows = [row for row in rows_of(run, "eval") if row["split"] == "val" and row["step"]]
             if before:
                 rows.insert(0, before["val"])
@@ -242,14 +265,17 @@ def draw(begun, path):
 
 # --- What was recorded ---
 def record(out):
-    """Keep of the logs in a folder what table and figure read, in recipes/real.jsonl; how many runs."""
-    logs = sorted(log for log in out.glob("*-[0-9]*/metrics.jsonl"))
-    with open(RECORDED, "w") as file:
-        for log in logs:
-            for row in rows_of(log.parent, "config", "step", "eval", "final"):
-                kept = {key: row[key] for key in KEPT if key in row}
-                file.write(json.dumps({"run": log.parent.name, **kept}) + "\n")
-    return len(logs)
+    """Keep of the logs in a folder what table and figure read, in recipes/real.jsonl."""
+    runs = [run for runs in begun_in(out).values() for run in runs]
+    if not runs:
+        sys.exit(f"{out}: there are no runs to record")
+    lines = []
+    for run in runs:
+        for row in rows_of(run, "config", "step", "eval", "final"):
+            kept = {key: row[key] for key in KEPT if key in row}
+            lines.append(json.dumps({"run": run.name, **kept}) + "\n")
+    RECORDED.write_text("".join(lines))
+    print(f"{len(runs)} runs in {RECORDED}")
 
 
 def unpack(folder):
@@ -274,7 +300,8 @@ def arguments(argv):
     parser.add_argument("--model", help="a checkpoint folder, or a hub's name")
     parser.add_argument("--task", choices=("math", "gp"), default="math")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", choices=tuple(OWN), default=list(OWN))
+    parser.add_argument("--methods", nargs="+", choices=tuple(OWN), default=list(OWN),
+                        help="sft evaluates the untrained model, for all")
     parser.add_argument("--out", type=Path, help="default: runs/real-TASK")
     parser.add_argument("--minutes", type=float, default=15, help="after which it stops, to be started again")
     parser.add_argument("--responses", type=int, default=7680, help="the budget of each method that samples")
@@ -288,10 +315,10 @@ def arguments(argv):
     parser.add_argument("--keep", action="store_true", help="states and policies of finished runs, too")
     parser.add_argument("--search", action="store_true", help=f"learning rates {', '.join(RATES)}, seed {SEARCH_SEED}")
     parser.add_argument("--list", action="store_true", help="print the commands that are still to do")
-    parser.add_argument("--record", action="store_true", help=f"keep the logs in {RECORDED.name}")
-    parser.add_argument("--recorded", action="store_true", help=f"table and figure of {RECORDED.name}")
+    parser.add_argument("--record", action="store_true", help=f"keep the logs of --out in {RECORDED.name}, nothing else")
+    parser.add_argument("--recorded", action="store_true", help=f"table and figure of {RECORDED.name}, nothing else")
     args = parser.parse_args(argv)
-    if not args.model and not args.recorded:
+    if not (args.model or args.record or args.recorded):
         parser.error("--model: a checkpoint folder, or a hub's name, is needed; python recipes/smollm2.py makes one")
     args.out = args.out or ROOT / "runs" / f"real-{args.task}"
     return args
@@ -302,7 +329,7 @@ def main(argv=None):
     if args.recorded:
         return show_recorded()
     if args.record:
-        return print(f"{record(args.out)} runs in {RECORDED}")
+        return record(args.out)
     end = time.time() + 60 * args.minutes
     for folder, flags in jobs_of(args).items():
         refuse_other_flags(folder, flags)
@@ -310,7 +337,7 @@ def main(argv=None):
             tidy(folder, args)
             continue
         if args.list:
-            print(f"python compare/rivals.py {shlex.join(flags)} --out {os.path.relpath(folder)}")
+            print(f"python compare/rivals.py {shlex.join(words_of(folder, flags))}")
             continue
         if time.time() > end - GRACE:
             print(f"{args.minutes:g} minutes are over; the same command goes on with {folder.name}")

@@ -93,16 +93,28 @@ def test_what_was_recorded_gives_the_same_table(tmp_path, monkeypatch, capsys):
         (out / run).mkdir(parents=True)
         (out / run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     real.report(out, out / "real.png")
-    assert real.record(out) == 3
+    real.record(out)
     again.mkdir()
     real.unpack(again)
     real.report(again, again / "real.png")
     table = (out / "table.md").read_text()
     assert table == (again / "table.md").read_text()
     lines = table.splitlines()
-    assert lines[2] == "| before | 20.0 | 20.0 | | | | |"
-    assert lines[3] == "| SFT | 90.0 (40.0, 140.0) | 90.0 (40.0, 140.0) | 0.50 | 32 | 2.0 | 1e-05 |"
-    assert lines[4] == "| AMFT, cut off at step 2 of 4 | - | - | 0.50 | 16 | 1.0 | 1e-05 |"
+    assert lines[2] == "| before | 20.0 [0, 100] | 20.0 [0, 100] |  |  |  |  |"
+    assert lines[3] == "| SFT | 90.0 (40.0, 140.0) | 90.0 (40.0, 140.0) | 0.50 | 32 | 1.5 | 1e-05 |"
+    assert lines[4] == "| AMFT, cut off at step 2 of 4 | - | - | 0.50 | 16 | 0.5 | 1e-05 |"
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_runs_that_cannot_be_recorded_leave_the_record(tmp_path, monkeypatch):
+    """A record that is emptied before anything is found to put there; another folder's runs in it."""
+    monkeypatch.setattr(real, "RECORDED", tmp_path / "real.jsonl")
+    real.RECORDED.write_text("kept")
+    (tmp_path / "rl-0.bak").mkdir()
+    (tmp_path / "rl-0.bak" / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n')
+    with pytest.raises(SystemExit, match="no runs"):
+        real.main(["--record", "--out", str(tmp_path)])
+    assert real.RECORDED.read_text() == "kept"
 
 
 def test_the_readme_has_the_recorded_table(tmp_path, capsys):
