@@ -11,7 +11,8 @@ from tqdm import tqdm
 EVERY = 10  # steps that share a line
 COLUMNS = {"mu": "mu", "success": "success", "entropy": "entropy", "sft_loss": "sft_loss", "rl_loss": "rl_loss",
            "grad_norm": "grad", "zero_adv": "zero_adv"}  # key of a step's row: heading
-NOTE = "(rl_loss near 0 is right: where the ratio is 1 the advantages nearly cancel; their gradients do not)"
+MEANS = "(each line: means since the one before)"
+NOTE = MEANS + " (rl_loss near 0 is right: where the ratio is 1 the advantages nearly cancel, their gradients do not)"
 WORDS = {"val": "validation", "id": "training problems", "heldout": "unseen problems", "ood_rule": "changed rule",
          "ood_rule_hard": "changed rule, told otherwise", "ood_small": "another rule, small", "ood_visual": "changed look",
          "ood_length": "longer problems", "fake": "a rule that is not graded", "test": "the test file"}
@@ -32,7 +33,7 @@ class Screen:
         self.print(f"{config.task} by {config.method}: {config.model} ({n_parameters / 1e6:.2f} million parameters) on "
                    f"{config.device}, {config.steps} steps, into {folder}")
         if changed:
-            self.print(f"not the parser's defaults: {', '.join(changed)}")
+            self.print(f"set by the task or by you: {', '.join(changed)}")
 
     def print(self, text: str) -> None:
         tqdm.write(text)
@@ -56,8 +57,7 @@ class Screen:
             self.keys = keys
             headings = "".join(f"{COLUMNS[key]:>10}" for key in keys)
             self.print(f"{'step':>6}{headings}{'responses':>11}   minutes of about")
-            if "rl_loss" in keys:
-                self.print(NOTE)
+            self.print(NOTE if "rl_loss" in keys else MEANS)
         last = self.rows[-1]
         means = [statistics.mean(row[key] for row in self.rows if key in row) for key in keys]
         self.print(f"{last['step']:6d}" + "".join(f"{value:10.3f}" for value in means)
