@@ -18,21 +18,25 @@ from compare.logs import RECORDED, Study, quiet_pipe, recorded  # noqa: E402
 from compare.tables import markdown  # noqa: E402
 
 SETTINGS = {"": "all right", "half": "half wrong", "wrong": "all wrong", "weak": "weak base"}
-SAME_RL = ("half", "wrong")  # RL reads no demonstrations: it is the first setting's run, to the last digit
+SAME_RL = ("half", "wrong", "form", "nll")  # RL reads no demonstrations: it is the first setting's run, to the last digit
+# Beside that question: an expert in another form, by what its demonstrations' loss is.
+FORMS = {"form": "rectified", "nll": "plain (nll)"}
+TITLES = {"": "demonstrations all right", "half": "half of them wrong", "wrong": "all of them wrong",
+          "weak": "weak base: RL sees no reward", "nll": "all in another form, plain loss"}
 METHODS = {"rl": "RL", "fixed-0.1": "mu = 0.1", "fixed-0.5": "mu = 0.5", "fixed-0.9": "mu = 0.9", "sft": "SFT",
            "sft-rl": "SFT then RL", "soup": "SFT and RL, merged", "amft": "AMFT"}
 CONSTANTS = ["rl", "fixed-0.1", "fixed-0.5", "fixed-0.9", "sft"]  # of mu: 0 and 1 are RL and SFT, at rates of their own
 MU = {"fixed-0.1": 0.1, "fixed-0.3": 0.3, "fixed-0.5": 0.5, "fixed-0.7": 0.7, "fixed-0.9": 0.9}
 
 
-def outcomes(table):
+def outcomes(table, settings=tuple(SETTINGS)):
     """{setting: {run: outcome of each seed}}."""
-    found = {}
-    for setting in SETTINGS:
+    rl, found = Study(table).ends("rl", "primary"), {}
+    for setting in settings:
         study = Study(table, setting)
         found[setting] = {name: study.ends(name, "primary") for name in study.names}
         if setting in SAME_RL:
-            found[setting]["rl"] = found[""]["rl"]
+            found[setting]["rl"] = rl
     return found
 
 
@@ -125,12 +129,27 @@ def section(table, draws=2000):
         f"in {share:.0f}% of the redrawings."]
 
 
+def forms(table):
+    """Lines: the table of an expert in another form, with the seeds' outcomes in brackets."""
+    found, lines = outcomes(table, FORMS), []
+    for name, title in METHODS.items():
+        cells = []
+        for own in found.values():
+            each = ", ".join(f"{value:.1f}" for value in own.get(name, []))
+            cells.append(f"{statistics.mean(own[name]):.1f} ({each})" if each else "-")
+        if set(cells) != {"-"}:
+            lines.append([title, *cells])
+    return ["", "## An expert in another form", "",
+            "Its formulas are right, and written 24=... in place of ...=24, which counts as wrong. The same outcome; by seed.",
+            *markdown(["success, %", *FORMS.values()], lines)]
+
+
 def draw(table, path):
-    """Outcome against mu in each setting, and where AMFT's runs ended."""
+    """Outcome against mu in each setting, and where AMFT's runs ended; last the setting beside the question."""
     from matplotlib.figure import Figure
-    found, figure = outcomes(table), Figure((15, 3.4), layout="constrained")
-    for axis, (setting, title) in zip(figure.subplots(1, len(SETTINGS), sharey=True), SETTINGS.items()):
-        own, study = found[setting], Study(table, setting)
+    found, figure = outcomes(table, TITLES), Figure((16, 3.4), layout="constrained")
+    for axis, (setting, own) in zip(figure.subplots(1, len(found), sharey=True), found.items()):
+        study = Study(table, setting)
         held = [name for name in MU if name in own]
         axis.plot([MU[name] for name in held], [statistics.mean(own[name]) for name in held], "o-", color="tab:red",
                   label="mu held")
@@ -146,9 +165,10 @@ def draw(table, path):
             axis.plot([MU[name]] * len(own[name]), own[name], ".", color="tab:red", alpha=0.5)
         last = [study.of("amft", "step", seed)[-1]["mu"] for seed in study.seeds("amft")]
         axis.plot(last, own["amft"], "*", color="black", markersize=11, label="AMFT, a seed, at its last mu")
+        axis.axhline(statistics.mean(own["amft"]), color="black", linewidth=0.8, linestyle=":", label="AMFT, mean")
         axis.axvline(1.06, color="lightgrey", linewidth=0.8)
-        axis.set(title="a base too weak for RL" if setting == "weak" else f"demonstrations {title}",
-                 xlabel="mu (beyond the line: methods without one)", xticks=[0, 0.3, 0.5, 0.7, 1], ylim=(-0.5, None))
+        axis.set(title=TITLES[setting], xlabel="mu (beyond the line: without one)", xticks=[0, 0.1, 0.3, 0.5, 0.7, 0.9, 1],
+                 xticklabels=["0", ".1", ".3", ".5", ".7", ".9", "1"], ylim=(-0.5, None))
     figure.axes[0].set_ylabel("right at the best temperature, %,\ntraining and unseen deals")
     figure.axes[0].legend(fontsize=7, loc="lower center")
     figure.savefig(path, dpi=110)
@@ -159,7 +179,7 @@ def main():
     table = recorded("worn")
     with quiet_pipe():
         try:
-            print("\n".join(section(table)[2:]))
+            print("\n".join(section(table)[2:] + forms(table)))
             draw(table, RECORDED / "regret.png")
         except (ValueError, ImportError) as error:
             sys.exit(f"regret.py: {error}")
