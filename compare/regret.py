@@ -18,9 +18,10 @@ from compare.logs import RECORDED, Study, quiet_pipe, recorded  # noqa: E402
 from compare.tables import markdown  # noqa: E402
 
 SETTINGS = {"": "all right", "half": "half wrong", "wrong": "all wrong", "weak": "weak base"}
-SAME_RL = ("half", "wrong", "form", "nll")  # RL reads no demonstrations: it is the first setting's run, to the last digit
-# Beside that question: an expert in another form, by what its demonstrations' loss is.
-FORMS = {"form": "rectified", "nll": "plain (nll)"}
+SAME_RL = ("half", "wrong", "wrong-nll", "form", "nll")  # RL reads no demonstrations: it is the first setting's run, to the last digit
+# Beside that question: what the loss of bad demonstrations does, rectified or plain (nll).
+LOSSES = {"wrong": "all wrong, rectified", "wrong-nll": "all wrong, plain", "form": "another form, rectified",
+          "nll": "another form, plain"}
 TITLES = {"": "demonstrations all right", "half": "half of them wrong", "wrong": "all of them wrong",
           "weak": "weak base: RL sees no reward", "nll": "all in another form, plain loss"}
 METHODS = {"rl": "RL", "fixed-0.1": "mu = 0.1", "fixed-0.5": "mu = 0.5", "fixed-0.9": "mu = 0.9", "sft": "SFT",
@@ -129,9 +130,9 @@ def section(table, draws=2000):
         f"in {share:.0f}% of the redrawings."]
 
 
-def forms(table):
-    """Lines: the table of an expert in another form, with the seeds' outcomes in brackets."""
-    found, lines = outcomes(table, FORMS), []
+def losses(table):
+    """Lines: the table of bad demonstrations by their loss, with the seeds' outcomes in brackets."""
+    found, lines = outcomes(table, LOSSES), []
     for name, title in METHODS.items():
         cells = []
         for own in found.values():
@@ -139,9 +140,10 @@ def forms(table):
             cells.append(f"{statistics.mean(own[name]):.1f} ({each})" if each else "-")
         if set(cells) != {"-"}:
             lines.append([title, *cells])
-    return ["", "## An expert in another form", "",
-            "Its formulas are right, and written 24=... in place of ...=24, which counts as wrong. The same outcome; by seed.",
-            *markdown(["success, %", *FORMS.values()], lines)]
+    return ["", "## Bad demonstrations and their loss", "",
+            "The same outcome; each seed in brackets. All wrong: formulas that miss 24. Another form: right ones, written 24=... in "
+            "place of ...=24, which counts as wrong. Plain: Eq. 2 as printed; rectified: times each token's own probability.",
+            *markdown(["success, %", *LOSSES.values()], lines)]
 
 
 def draw(table, path):
@@ -179,7 +181,7 @@ def main():
     table = recorded("worn")
     with quiet_pipe():
         try:
-            print("\n".join(section(table)[2:] + forms(table)))
+            print("\n".join(section(table)[2:] + losses(table)))
             draw(table, RECORDED / "regret.png")
         except (ValueError, ImportError) as error:
             sys.exit(f"regret.py: {error}")

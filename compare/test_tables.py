@@ -620,15 +620,16 @@ def test_rl_is_the_same_run_where_only_the_demonstrations_differ():
         "": [11.0, 12.0], "half": [11.0, 12.0], "wrong": [11.0, 12.0], "weak": [1.0, 2.0]}
 
 
-def test_the_table_of_another_form_has_each_seed(monkeypatch):
+def test_the_table_of_bad_demonstrations_has_each_seed(monkeypatch):
     """RL of another setting than the first, whose runs it shares; a run under another loss; a method that did not run."""
-    monkeypatch.setattr(regret, "SETTINGS", {"": "", "form": "", "nll": ""})
+    monkeypatch.setattr(regret, "SETTINGS", {"": "", **regret.LOSSES})
     table = settings_of(lambda setting, name, seed: dict(form=10, nll=5).get(setting, 30) + seed, seeds=(1, 2))
-    table = [row for row in table if row.get("run") not in ("nll/sft", "form/soup", "nll/soup")]
-    lines = regret.forms(table)
-    assert "| RL | 31.5 (31.0, 32.0) | 31.5 (31.0, 32.0) |" in lines
-    assert "| AMFT | 11.5 (11.0, 12.0) | 6.5 (6.0, 7.0) |" in lines
-    assert "| SFT | 11.5 (11.0, 12.0) | - |" in lines
+    table = [row for row in table if row.get("run") != "nll/sft" and "soup" not in row.get("run", "")]
+    lines = regret.losses(table)
+    same = "31.5 (31.0, 32.0)"
+    assert f"| RL | {same} | {same} | {same} | {same} |" in lines
+    assert f"| AMFT | {same} | {same} | 11.5 (11.0, 12.0) | 6.5 (6.0, 7.0) |" in lines
+    assert f"| SFT | {same} | {same} | 11.5 (11.0, 12.0) | - |" in lines
     assert not any("merged" in line for line in lines)
 
 
