@@ -25,7 +25,7 @@ LOSSES = {"wrong": "all wrong, rectified", "wrong-nll": "all wrong, plain", "for
 TITLES = {"": "demonstrations all right", "half": "half of them wrong", "wrong": "all of them wrong",
           "weak": "weak base: RL sees no reward", "nll": "all in another form, plain loss"}
 METHODS = {"rl": "RL", "fixed-0.1": "mu = 0.1", "fixed-0.5": "mu = 0.5", "fixed-0.9": "mu = 0.9", "sft": "SFT",
-           "sft-rl": "SFT then RL", "soup": "SFT and RL, merged", "amft": "AMFT"}
+           "sft-rl": "SFT then RL", "soup": "SFT and RL, merged", "amft-null": "AMFT told noise", "amft": "AMFT"}
 CONSTANTS = ["rl", "fixed-0.1", "fixed-0.5", "fixed-0.9", "sft"]  # of mu: 0 and 1 are RL and SFT, at rates of their own
 MU = {"fixed-0.1": 0.1, "fixed-0.3": 0.3, "fixed-0.5": 0.5, "fixed-0.7": 0.7, "fixed-0.9": 0.9}
 
