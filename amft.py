@@ -11,7 +11,7 @@ and a controller learns their balance mu from what mu does to success on held-ou
     (6)  mu          <- clip(mu + eta_mu dU/dmu + eta_H (H* - H(pi_theta)), mu_min, mu_max)
 
 Differs from the paper:
-    Eq. 5 goes through the step that is taken (clipping, AdamW, momentum), not through plain SGD
+    Eq. 5 goes through the steps as taken (clipping, AdamW; earlier ones fade: --trace), not SGD
     Eq. 6 moves mu off --mu by how sure dU/dmu's sign is (--controller paper: to the letter)
     U can also be of the step's own prompts, for a dot product (--utility val: Eq. 4)
     the entropy's sign is Eq. 6's; the paper's text has the other one (--eta-h below 0)
