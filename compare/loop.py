@@ -42,9 +42,8 @@ def main():
             tail = (x + (1.4 if start == "look" else 1.15), y)
             head = (to_x - 1.3, to_y + 0.25 * ((y > to_y) - (y < to_y)))
         axis.annotate("", head, tail, arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.3))
-    for x in (4.2, 13.0):  # from the step, below all else, to where the policy speaks
-        axis.plot([x, x], [0.15, BOXES["samples" if x < 5 else "step"][1] - 0.45], color="black", linewidth=1.3)
-    axis.plot([4.2, 13.0], [0.15, 0.15], color="black", linewidth=1.3)
+    # From the step, below all else, to where the policy speaks.
+    axis.plot([13.0, 13.0, 4.2, 4.2], [1.45, 0.15, 0.15, 0.4], color="black", linewidth=1.3)
     axis.annotate("", (4.2, 0.6), (4.2, 0.3), arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.3))
     axis.text(8.6, -0.2, "and again, with the new policy (in the warm-up, 1, with demonstrations alone)", ha="center",
               fontsize=10, color="dimgrey")

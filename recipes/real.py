@@ -115,10 +115,10 @@ def began_of(folder):
 
 
 def refuse_other_flags(folder, flags):
-    """End the program where a run, also a finished one, was begun with others: a table compares like with like."""
+    """ValueError where a run, also a finished one, was begun with others: a table compares like with like."""
     began = began_of(folder)
     if began.exists() and began.read_text() != shlex.join(flags):
-        sys.exit(f"{folder}: was begun with other flags, {began.read_text()}; remove it, or name another --out")
+        raise ValueError(f"{folder}: was begun with other flags, {began.read_text()}; remove it, or name another --out")
 
 
 def words_of(folder, flags):
@@ -186,19 +186,19 @@ def is_finished(run):
 
 
 def whole_evaluations(begun):
-    """[(run, row)] of all whole evaluations."""
-    return [(run, row) for runs in begun.values() for run in runs for row in rows_of(run, "eval") if row["whole"]]
+    """Rows, of all runs."""
+    return [row for runs in begun.values() for run in runs for row in rows_of(run, "eval") if row["whole"]]
 
 
 def untrained(begun):
     """{split: its evaluation before any training}, which the runs of SFT have; empty without them."""
-    return {row["split"]: row for _, row in whole_evaluations(begun) if row["step"] == 0}
+    return {row["split"]: row for row in whole_evaluations(begun) if row["step"] == 0}
 
 
 def table_lines(begun):
     """Markdown: success in percent at each policy's best temperature on val, its mean over seeds, and its interval
     (from problems) or each seed's."""
-    splits = list(dict.fromkeys(row["split"] for _, row in whole_evaluations(begun)))
+    splits = list(dict.fromkeys(row["split"] for row in whole_evaluations(begun)))
     header = ["method", *splits, "mu at the end", "responses", "minutes", "learning rate"]
     lines = [header, ["---"] * len(header)]
     before = untrained(begun)
@@ -268,7 +268,7 @@ def record(out):
     """Keep of the logs in a folder what table and figure read, in recipes/real.jsonl."""
     runs = [run for runs in begun_in(out).values() for run in runs]
     if not runs:
-        sys.exit(f"{out}: there are no runs to record")
+        raise ValueError(f"--out {out}: there are no runs to record")
     lines = []
     for run in runs:
         for row in rows_of(run, "config", "step", "eval", "final"):
@@ -325,7 +325,15 @@ def arguments(argv):
 
 
 def main(argv=None):
-    args = arguments(argv)
+    try:
+        compare(arguments(argv))
+    except (OSError, ValueError) as error:
+        print(f"real.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def compare(args):
+    """What was asked for: the runs and their report, or the record alone."""
     if args.recorded:
         return show_recorded()
     if args.record:

@@ -57,8 +57,9 @@ def test_a_comparison_is_stopped_and_goes_on(tmp_path, capfd, monkeypatch):
     real.main(arguments(out, *methods, "--list", "--seeds", "0", "1"))
     assert capfd.readouterr().out.count("python compare/rivals.py") == 2  # the other seed
     (out / "rl-0.flags").write_text("--lr 1")
-    with pytest.raises(SystemExit, match="other flags"):
+    with pytest.raises(SystemExit, match="2"):
         real.main(arguments(out, "--methods", "rl"))
+    assert "other flags" in capfd.readouterr().err
 
 
 def test_a_search_chooses_by_val(tmp_path):
@@ -106,15 +107,20 @@ def test_what_was_recorded_gives_the_same_table(tmp_path, monkeypatch, capsys):
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_runs_that_cannot_be_recorded_leave_the_record(tmp_path, monkeypatch):
+def test_runs_that_cannot_be_recorded_leave_the_record(tmp_path, monkeypatch, capsys):
     """A record that is emptied before anything is found to put there; another folder's runs in it."""
     monkeypatch.setattr(real, "RECORDED", tmp_path / "real.jsonl")
     real.RECORDED.write_text("kept")
     (tmp_path / "rl-0.bak").mkdir()
     (tmp_path / "rl-0.bak" / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n')
-    with pytest.raises(SystemExit, match="no runs"):
+    with pytest.raises(SystemExit, match="2"):
         real.main(["--record", "--out", str(tmp_path)])
+    assert "no runs" in capsys.readouterr().err
     assert real.RECORDED.read_text() == "kept"
+    real.RECORDED.unlink()
+    with pytest.raises(SystemExit, match="2"):
+        real.main(["--recorded"])
+    assert "real.jsonl" in capsys.readouterr().err
 
 
 def test_the_readme_has_the_recorded_table(tmp_path, capsys):
