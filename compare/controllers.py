@@ -12,7 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
-from harness.arguments import MethodFlags  # noqa: E402
+from compare.logs import read  # noqa: E402
+from harness.arguments import CONTROLLER, MethodFlags  # noqa: E402
 
 
 def holds_a_right_one(n, c, k):
@@ -41,6 +42,35 @@ class Null(amft.Controller):
     def estimates(self, step):
         rng = random.Random(f"null {self.config.seed} {step.t}")
         return [(rng.gauss(0, error), error) for _, error in super().estimates(step)]
+
+
+def replayed(runs, seed):
+    """The folder of another seed's run, of those named RUNS-SEED: the next seed's, after the last the first.
+
+    ValueError where there is none."""
+    runs = Path(runs)
+    others = {int(path.name.rpartition("-")[2]): path for path in runs.parent.glob(f"{runs.name}-*[0-9]")
+              if path.name.removeprefix(f"{runs.name}-").isdecimal() and read(path)}
+    others.pop(seed, None)
+    if not others:
+        raise ValueError(f"--replay {runs}: there is no run {runs.name}-SEED of another seed than {seed}")
+    return others[min((other for other in others if other > seed), default=min(others))]
+
+
+class Replay(amft.Method):
+    """mu step by step as another seed's run had it: does AMFT's feedback count, or mu's path alone?
+
+    The share of --responses that AMFT's looks take stays unused, so it trains on as many as AMFT."""
+
+    def __init__(self, config, *of_task):
+        super().__init__(config, *of_task)
+        rows = read(replayed(config.replay, config.seed))
+        self.path = {row["step"]: row["mu"] for row in rows if row["kind"] == "step"}
+        if not self.path.keys() >= set(range(1, config.steps + 1)):
+            raise ValueError(f"--replay {config.replay}: its log has not all of --steps {config.steps}")
+
+    def choose_mu(self, step):
+        return self.path[step.t] if step.rollouts else 1.0
 
 
 class Sum(amft.Controller):
@@ -155,6 +185,7 @@ class AutoWarmup(Sum):
 
 CONTROLLERS = {
     "amft-null": Null,
+    "amft-replay": Replay,
     "amft-sum": Sum,
     "amft-recent": Recent,
     "amft-rule": Rule,
@@ -166,4 +197,5 @@ CONTROLLERS = {
 ADDS_UP = dict(eta_mu=0.05, eta_h=0.05)  # the most in a step; in a step and nat
 METHOD_FLAGS = {name: MethodFlags(defaults=ADDS_UP) for name in CONTROLLERS}
 METHOD_FLAGS["amft-null"] = MethodFlags()
+METHOD_FLAGS["amft-replay"] = MethodFlags(["mu", *CONTROLLER])
 METHOD_FLAGS["amft-pass"] = METHOD_FLAGS["amft-pass4"] = MethodFlags(defaults=dict(ADDS_UP, utility="train"))

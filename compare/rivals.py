@@ -49,6 +49,7 @@ class Config(amft.Config):
     peak: float = amft.flag(0.9, "cosine: mu at the first step", 0, 1)
     valley: float = amft.flag(0.05, "cosine: mu at the last step", 0, 1)
     memory: float = amft.flag(0.9, "gac: share of its running means that a step keeps", 0, 1)
+    replay: str = amft.flag("", "amft-replay: takes mu from the log of RUNS-SEED, another seed's")
 
     def __post_init__(self):
         least = self.samples * (self.steps + self.prompts * looks(self, 1))
@@ -408,7 +409,7 @@ def budgeted(name, method):
 PLAIN = {**amft.METHODS, **controllers.CONTROLLERS, **RIVALS}
 METHODS = {name: budgeted(name, method) for name, method in PLAIN.items()}
 
-OF_A_RIVAL = ["gate", "shape", "sasr", "peak", "valley", "memory"]
+OF_A_RIVAL = ["gate", "shape", "sasr", "peak", "valley", "memory", "replay"]
 OWN_MU = ["mu", "warmup", *CONTROLLER]
 OWN_DEMOS = [*OWN_MU, "sft_batch"]
 UNION = [*OWN_DEMOS, "imitation", "advantage", "reward"]
@@ -426,6 +427,7 @@ METHOD_FLAGS = {
     name: flags(row.unused, **row.defaults)
     for name, row in {**amft.METHOD_FLAGS, **controllers.METHOD_FLAGS}.items()}
 METHOD_FLAGS.update({
+    "amft-replay": flags(controllers.METHOD_FLAGS["amft-replay"].unused, ["replay"], warmup=0),
     "dft": flags([*amft.METHOD_FLAGS["sft"].unused, "imitation"], warmup=0, imitation="rectified"),
     "sasr": flags(["mu", *CONTROLLER], ["sasr"]),
     "relift": flags(OWN_MU, warmup=0, sft_batch=16),

@@ -86,6 +86,40 @@ def test_the_null_is_told_noise_of_the_estimates_own_error(monkeypatch):
     assert other != drawn[0]
 
 
+def write_path(folder, mus):
+    """A log of a run whose mu at step 1, 2, ... was so."""
+    folder.mkdir()
+    rows = [dict(kind="step", step=t, mu=mu) for t, mu in enumerate(mus, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_replay_takes_mu_from_the_next_seeds_run(tmp_path):
+    """A replay of its own seed's path, of another run's whose name only begins alike, or a step too late."""
+    for name, mus in {"amft-1": [0.1, 0.2], "amft-3": [0.3, 0.4], "amft-null-2": [0.9, 0.9]}.items():
+        write_path(tmp_path / name, mus)
+    explores, warms_up = SimpleNamespace(entropy=1.0), None
+
+    def mus(seed, rollouts=explores):
+        config = rivals.Config(method="amft-replay", seed=seed, steps=2, replay=str(tmp_path / "amft"))
+        return [controllers.Replay(config).choose_mu(amft.Step(t, 0.1, None, rollouts=rollouts)) for t in (1, 2)]
+    assert mus(1) == mus(2) == [0.3, 0.4]
+    assert mus(3) == mus(7) == [0.1, 0.2]
+    assert mus(3, warms_up) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("seed, steps, what", [(1, 2, "of another seed than 1"), (2, 3, "has not all of --steps 3")])
+def test_a_replay_of_nothing_or_of_a_shorter_run_is_one_line(tmp_path, capsys, seed, steps, what):
+    """A run that replays itself, or fails at the first step that the log has not."""
+    write_path(tmp_path / "amft-1", [0.1, 0.2])
+    with pytest.raises(SystemExit) as stopped:
+        flags = (f"--task gp --smoke --method amft-replay --replay {tmp_path / 'amft'} --seed {seed} --steps {steps} "
+                 f"--device cpu --out {tmp_path / 'run'}")
+        rivals.main(flags.split())
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and what in lines[0]
+
+
 def test_the_sum_adds_up_and_goes_to_an_end(monkeypatch):
     """The rule as it was: z = -2 moves mu by 0.05 (2 Phi(-2) - 1), and goes on doing so."""
     sums = controllers.Sum(amft.Config(warmup=0, **controllers.ADDS_UP))
@@ -146,6 +180,9 @@ def test_every_variant_runs_within_its_budget(name, tmp_path):
     out = tmp_path / "run"
     flags = (f"--task gp --smoke --method {name} --responses 160 --splits val --eval-n 4 --steps 5 "
              "--warmup 0 --device cpu")
+    if name == "amft-replay":
+        write_path(tmp_path / "amft-9", [0.4] * 5)
+        flags += f" --replay {tmp_path / 'amft'}"
     rivals.main([*flags.split(), "--out", str(out)])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["kind"] == "final" and 100 <= rows[-1]["rollouts"] <= 160
