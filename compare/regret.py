@@ -1,10 +1,11 @@
 """What should one choose who does not know how good the demonstrations are? Each method's regret over four settings.
 
-    python compare/regret.py    # the table, and compare/recorded/regret.png, from recorded/worn.jsonl alone
+    python compare/regret.py    # the tables, and compare/recorded/regret.png, from recorded/worn.jsonl alone
 
-A method's regret in a setting is how far its outcome is below that of the best run there, in points. The
-outcome, the settings and what AMFT must reach were written down before the runs: "settings" in worn.json. One learning
-rate of each method for all settings, found where all demonstrations are right; every mixture has that of mu = 0.5.
+A method's regret in a setting is how far its outcome is below that of the best run there, in points. The question is
+asked twice: with rectified imitation, this project's default, and with the plain loss, the paper's Eq. 2. Outcome, settings
+and what AMFT must reach were written down before the runs: "settings" and "plain" in worn.json. One learning rate of each
+method for all settings, found where all demonstrations are right; every mixture has that of mu = 0.5.
 """
 
 import math
@@ -18,26 +19,28 @@ from compare.logs import RECORDED, Study, quiet_pipe, recorded  # noqa: E402
 from compare.tables import markdown  # noqa: E402
 
 SETTINGS = {"": "all right", "half": "half wrong", "wrong": "all wrong", "weak": "weak base"}
-SAME_RL = ("half", "wrong", "wrong-nll", "form", "nll")  # RL reads no demonstrations: it is the first setting's run, to the last digit
-# Beside that question: what the loss of bad demonstrations does, rectified or plain (nll).
-LOSSES = {"wrong": "all wrong, rectified", "wrong-nll": "all wrong, plain", "form": "another form, rectified",
+PLAIN = {"right-nll": "all right", "half-nll": "half wrong", "wrong-nll": "all wrong", "weak-nll": "weak base"}
+TITLES = {"all right": "demonstrations right", "half wrong": "half of them wrong", "all wrong": "all of them wrong",
+          "weak base": "weak base"}
+LOSSES = {"wrong": "all wrong, rectified", "slow-nll": "all wrong, plain", "form": "another form, rectified",
           "nll": "another form, plain"}
-TITLES = {"": "demonstrations all right", "half": "half of them wrong", "wrong": "all of them wrong",
-          "weak": "weak base: RL sees no reward", "nll": "all in another form, plain loss"}
+# RL reads no demonstrations: its runs in a setting are those of another, to the last digit.
+RL_OF = dict.fromkeys(["half", "wrong", "form", "nll", "slow-nll", "right-nll", "half-nll", "wrong-nll"], "") | {"weak-nll": "weak"}
 METHODS = {"rl": "RL", "fixed-0.1": "mu = 0.1", "fixed-0.5": "mu = 0.5", "fixed-0.9": "mu = 0.9", "sft": "SFT",
-           "sft-rl": "SFT then RL", "soup": "SFT and RL, merged", "amft-null": "AMFT told noise", "amft": "AMFT"}
+           "sft-rl": "SFT then RL", "soup": "SFT and RL, merged", "amft-null": "AMFT told noise", "amft-replay": "AMFT, another seed's mu",
+           "amft-sum": "AMFT, evidence added up", "amft-paper": "AMFT, Eq. 6 as printed", "amft": "AMFT"}
 CONSTANTS = ["rl", "fixed-0.1", "fixed-0.5", "fixed-0.9", "sft"]  # of mu: 0 and 1 are RL and SFT, at rates of their own
 MU = {"fixed-0.1": 0.1, "fixed-0.3": 0.3, "fixed-0.5": 0.5, "fixed-0.7": 0.7, "fixed-0.9": 0.9}
 
 
 def outcomes(table, settings=tuple(SETTINGS)):
     """{setting: {run: outcome of each seed}}."""
-    rl, found = Study(table).ends("rl", "primary"), {}
+    found = {}
     for setting in settings:
         study = Study(table, setting)
         found[setting] = {name: study.ends(name, "primary") for name in study.names}
-        if setting in SAME_RL:
-            found[setting]["rl"] = rl
+        if setting in RL_OF:
+            found[setting]["rl"] = Study(table, RL_OF[setting]).ends("rl", "primary")
     return found
 
 
@@ -58,7 +61,7 @@ def regrets(means, names):
 def deviation(setting, own):
     """Standard deviation over seeds, one for all runs of a setting, but for those where every seed has 0."""
     cells = [values for name, values in own.items()
-             if len(values) > 1 and any(values) and (name != "rl" or setting not in SAME_RL)]
+             if len(values) > 1 and any(values) and (name != "rl" or setting not in RL_OF)]
     freedom = sum(len(values) - 1 for values in cells)
     if not freedom:
         raise ValueError(f"setting '{setting}' has no run of two seeds")
@@ -70,13 +73,13 @@ def redrawn(found, draws, seed=0):
     rng, made = random.Random(seed), []
     spread = {setting: deviation(setting, own) for setting, own in found.items()}
     for _ in range(draws):
-        means = {}
+        means, rl = {}, {}
         for setting, own in found.items():
             error = {name: any(values) * spread[setting] / math.sqrt(len(values)) for name, values in own.items()}
             means[setting] = {name: max(rng.gauss(statistics.mean(values), error[name]), 0)
                               for name, values in own.items()}
-            if setting in SAME_RL and "rl" in own:
-                means[setting]["rl"] = means[""]["rl"]
+            if "rl" in own:  # shared runs are drawn once
+                means[setting]["rl"] = rl.setdefault(RL_OF.get(setting, setting), means[setting]["rl"])
         made.append(means)
     return made
 
@@ -93,9 +96,9 @@ def earns_its_place(regret):
     return least and sum(regret["amft"]) <= min(sum(regret[name]) for name in CONSTANTS)
 
 
-def section(table, draws=2000):
+def section(table, settings=SETTINGS, title="Regret", draws=2000):
     """Lines: the table, and what it says of AMFT."""
-    found = outcomes(table)
+    found = outcomes(table, settings)
     names = everywhere(found)
     means = {setting: {name: statistics.mean(values) for name, values in own.items()}
              for setting, own in found.items()}
@@ -117,13 +120,13 @@ def section(table, draws=2000):
     spreads = ", ".join(f"{deviation(setting, own):.1f}" for setting, own in found.items())
     counts = ", ".join(str(max(len(values) for values in own.values())) for own in found.values())
     best = ", ".join(max(own, key=own.get) for own in means.values())
-    header = ["success, %", *SETTINGS.values(), "mean regret", "worst regret"]
+    header = ["success, %", *settings.values(), "mean regret", "worst regret"]
     return [
-        "", "## Regret", "",
+        "", f"## {title}", "",
         "Mean of id and heldout, at each policy's best temperature. Regret: points below the setting's best "
         f"run ({best}). Seeds in the settings, at most: {counts}; standard deviation over seeds: {spreads}. Brackets: 95% of "
         f"{draws} redrawings of all means with their errors; a regret is of a highest mean, so they lie above what is "
-        "seen. `soup` chose among eight merged policies with 7,040 responses more than the others had.",
+        "seen." + " `soup` chose among eight merged policies with 7,040 responses more than the others had." * ("soup" in names),
         *markdown(header, lines), "",
         f"AMFT's {'; its '.join(differences)}. What was to be reached, a worst regret below every constant's and a mean "
         f"not above the best constant's, is {'' if earns_its_place(seen) else 'not '}reached by the means, and reached "
@@ -146,42 +149,55 @@ def losses(table):
             *markdown(["success, %", *LOSSES.values()], lines)]
 
 
+def everything(table):
+    """Lines of all tables."""
+    return section(table) + section(table, PLAIN, "Regret with the plain loss") + losses(table)
+
+
 def draw(table, path):
-    """Outcome against mu in each setting, and where AMFT's runs ended; last the setting beside the question."""
+    """Outcome against mu in each setting, rectified above and plain below, and where AMFT's runs ended."""
     from matplotlib.figure import Figure
-    found, figure = outcomes(table, TITLES), Figure((16, 3.4), layout="constrained")
-    for axis, (setting, own) in zip(figure.subplots(1, len(found), sharey=True), found.items()):
-        study = Study(table, setting)
-        held = [name for name in MU if name in own]
-        axis.plot([MU[name] for name in held], [statistics.mean(own[name]) for name in held], "o-", color="tab:red",
-                  label="mu held")
-        ends = {"rl": (0, "RL", "tab:orange", "s"), "sft": (1, "SFT", "tab:blue", "D"),
-                "sft-rl": (1.12, "SFT then RL", "tab:green", "^"),
-                "soup": (1.2, "SFT and RL, merged", "tab:purple", "v")}
-        for name, (place, label, colour, marker) in ends.items():
-            if name in own:
-                axis.plot(place, statistics.mean(own[name]), marker, color=colour, label=label)
-                axis.plot([place] * len(own[name]), own[name], ".", color=colour, alpha=0.5)
-        axis.plot([], [], ".", color="grey", label="a seed")
-        for name in held:
-            axis.plot([MU[name]] * len(own[name]), own[name], ".", color="tab:red", alpha=0.5)
-        last = [study.of("amft", "step", seed)[-1]["mu"] for seed in study.seeds("amft")]
-        axis.plot(last, own["amft"], "*", color="black", markersize=11, label="AMFT, a seed, at its last mu")
-        axis.axhline(statistics.mean(own["amft"]), color="black", linewidth=0.8, linestyle=":", label="AMFT, mean")
-        axis.axvline(1.06, color="lightgrey", linewidth=0.8)
-        axis.set(title=TITLES[setting], xlabel="mu (beyond the line: without one)", xticks=[0, 0.1, 0.3, 0.5, 0.7, 0.9, 1],
-                 xticklabels=["0", ".1", ".3", ".5", ".7", ".9", "1"], ylim=(-0.5, None))
-    figure.axes[0].set_ylabel("right at the best temperature, %,\ntraining and unseen deals")
-    figure.axes[0].legend(fontsize=7, loc="lower center")
+    figure = Figure((13, 6.4), layout="constrained")
+    axes = figure.subplots(2, len(SETTINGS), sharey=True)
+    for row, (settings, loss) in zip(axes, ((SETTINGS, "rectified loss"), (PLAIN, "plain loss"))):
+        for axis, (setting, title) in zip(row, settings.items()):
+            panel(axis, Study(table, setting), outcomes(table, [setting])[setting])
+            axis.set_title(f"{TITLES[title]}, {loss}", fontsize=10)
+        row[0].set_ylabel("right at the best temperature, %,\ntraining and unseen deals")
+    for axis in axes[1]:
+        axis.set_xlabel("mu (beyond the line: without one)")
+    axes[0][0].legend(fontsize=7, loc="lower center")
     figure.savefig(path, dpi=110)
     print(path)
+
+
+def panel(axis, study, own):
+    """One setting; own: {run: outcome of each seed}."""
+    held = [name for name in MU if name in own]
+    axis.plot([MU[name] for name in held], [statistics.mean(own[name]) for name in held], "o-", color="tab:red",
+              label="mu held")
+    ends = {"rl": (0, "RL", "tab:orange", "s"), "sft": (1, "SFT", "tab:blue", "D"),
+            "sft-rl": (1.12, "SFT then RL", "tab:green", "^"),
+            "soup": (1.2, "SFT and RL, merged", "tab:purple", "v")}
+    for name, (place, label, colour, marker) in ends.items():
+        if name in own:
+            axis.plot(place, statistics.mean(own[name]), marker, color=colour, label=label)
+            axis.plot([place] * len(own[name]), own[name], ".", color=colour, alpha=0.5)
+    axis.plot([], [], ".", color="grey", label="a seed")
+    for name in held:
+        axis.plot([MU[name]] * len(own[name]), own[name], ".", color="tab:red", alpha=0.5)
+    last = [study.of("amft", "step", seed)[-1]["mu"] for seed in study.seeds("amft")]
+    axis.plot(last, own["amft"], "*", color="black", markersize=11, label="AMFT, a seed, at its last mu")
+    axis.axhline(statistics.mean(own["amft"]), color="black", linewidth=0.8, linestyle=":", label="AMFT, mean")
+    axis.axvline(1.06, color="lightgrey", linewidth=0.8)
+    axis.set(xticks=[0, 0.1, 0.3, 0.5, 0.7, 0.9, 1], xticklabels=["0", ".1", ".3", ".5", ".7", ".9", "1"], ylim=(-0.5, None))
 
 
 def main():
     table = recorded("worn")
     with quiet_pipe():
         try:
-            print("\n".join(section(table)[2:] + losses(table)))
+            print("\n".join(everything(table)[2:]))
             draw(table, RECORDED / "regret.png")
         except (ValueError, ImportError) as error:
             sys.exit(f"regret.py: {error}")

@@ -319,7 +319,7 @@ def plain(table):
         text += together(table)
     if "settings" in table[0]:
         from compare import regret  # which takes its markdown from here
-        text += regret.section(table) + regret.losses(table)
+        text += regret.everything(table)
     for group in groups:
         text += plain_group(table, Study(table, group))
     if "search" in table[0]:

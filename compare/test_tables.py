@@ -567,12 +567,12 @@ def test_one_seed_of_the_projects_figure_is_run_with_the_recorded_flags(tmp_path
 # --- Regret ---------------------------------------------------------------------------------------
 
 
-def settings_of(outcome, seeds=(1, 2)):
+def settings_of(outcome, seeds=(1, 2), settings=tuple(regret.SETTINGS)):
     """A table of runs: outcome(setting, method, seed) in percent, the same on both splits of the primary."""
     rows = []
-    for setting in regret.SETTINGS:
+    for setting in settings:
         for name in regret.METHODS:
-            if name == "rl" and setting in regret.SAME_RL:
+            if name == "rl" and setting in regret.RL_OF:
                 continue
             run = f"{setting}/{name}".lstrip("/")
             for seed in seeds:
@@ -615,15 +615,21 @@ def test_redrawn_means_have_the_error_of_a_mean():
 
 
 def test_rl_is_the_same_run_where_only_the_demonstrations_differ():
-    found = regret.outcomes(settings_of(lambda setting, name, seed: 10 * (setting != "weak") + seed))
+    everything = settings_of(lambda setting, name, seed: 10 * (setting != "weak") + seed,
+                             settings=[*regret.SETTINGS, *regret.PLAIN])
+    found = regret.outcomes(everything, [*regret.SETTINGS, *regret.PLAIN])
+    right, weak = [11.0, 12.0], [1.0, 2.0]
     assert {setting: own["rl"] for setting, own in found.items()} == {
-        "": [11.0, 12.0], "half": [11.0, 12.0], "wrong": [11.0, 12.0], "weak": [1.0, 2.0]}
+        "": right, "half": right, "wrong": right, "weak": weak,
+        "right-nll": right, "half-nll": right, "wrong-nll": right, "weak-nll": weak}
+    for one in regret.redrawn({setting: found[setting] for setting in regret.PLAIN}, 50):
+        assert one["right-nll"]["rl"] == one["half-nll"]["rl"] == one["wrong-nll"]["rl"] != one["weak-nll"]["rl"]
 
 
-def test_the_table_of_bad_demonstrations_has_each_seed(monkeypatch):
+def test_the_table_of_bad_demonstrations_has_each_seed():
     """RL of another setting than the first, whose runs it shares; a run under another loss; a method that did not run."""
-    monkeypatch.setattr(regret, "SETTINGS", {"": "", **regret.LOSSES})
-    table = settings_of(lambda setting, name, seed: dict(form=10, nll=5).get(setting, 30) + seed, seeds=(1, 2))
+    table = settings_of(lambda setting, name, seed: dict(form=10, nll=5).get(setting, 30) + seed,
+                        settings=["", *regret.LOSSES])
     table = [row for row in table if row.get("run") != "nll/sft" and "soup" not in row.get("run", "")]
     lines = regret.losses(table)
     same = "31.5 (31.0, 32.0)"
@@ -646,6 +652,17 @@ def test_the_regret_table_is_what_the_runs_say(amft, verdict):
     assert rows["| AMFT"][5].startswith(f"{best - amft:.1f} [")  # mean
     assert rows["| SFT"][6].startswith(f"{best - 2:.1f} [")  # worst
     assert verdict in text
+
+
+def test_the_plain_loss_is_judged_by_its_own_runs():
+    """Rectified runs in the plain question's table, or a best method that ran with the other loss."""
+    def outcome(setting, name, seed):
+        return 5 if name == "rl" else (10 if setting in regret.PLAIN else 30) + (name == "amft") + 0.1 * seed
+    table = settings_of(outcome, settings=[*regret.SETTINGS, *regret.PLAIN])
+    rows = [line for line in regret.section(table, regret.PLAIN, "Plain", draws=50) if line.startswith("| ")]
+    cells = next(row.split(" | ") for row in rows if row.startswith("| mu = 0.5"))
+    assert [float(cell) for cell in cells[1:5]] == pytest.approx([10.15] * 4, abs=0.06)
+    assert cells[5].startswith("1.0 [")
 
 
 def test_a_regret_table_without_amft_is_refused_in_a_line():
