@@ -3,10 +3,11 @@
     python compare/horizon.py           # into runs/compare/horizon.jsonl, resumable; then the table and the figure
     python compare/horizon.py --recorded    # table and figure from compare/recorded/horizon.jsonl
 
-A mixture is trained at mu = 0.5. After some of its steps it branches: held at 0.3 and at 0.7, with the same prompts,
-demonstrations and noise, branch pairs go on from the same state. Success on all validation deals, 0.7's less 0.3's,
-over 0.4, is dU/dmu as it is at that horizon. Beside it: what the controller would have estimated in that state, with
-many more conversations than it has in a run, for each trace; in units of U per unit of mu, too.
+A mixture is trained at mu = 0.5, in two settings: demonstrations as they are, and all wrong, with the plain loss. After
+some of its steps it branches: held at 0.3 and at 0.7, with the same prompts, demonstrations and noise, branch pairs go on
+from the same state. Success on all validation deals, 0.7's less 0.3's, over 0.4, is dU/dmu as it is at that horizon. Beside
+it: what the controller would have estimated in that state, with many more conversations than it has in a run, for each
+trace; in units of U per unit of mu, too.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import amft  # noqa: E402
+from compare.experts import EXPERTS  # noqa: E402
 from compare.logs import RECORDED, RUNS  # noqa: E402
 from compare.tables import markdown  # noqa: E402
 from harness import run as running  # noqa: E402
@@ -29,13 +31,16 @@ from harness.arguments import CONTROLLER, MethodFlags  # noqa: E402
 LOG = RUNS / "horizon.jsonl"
 FOLDER = RUNS / "horizon"
 SEED = 300  # of the trunk; the branches' follow. No recorded run has these
-FLAGS = "--task gp --steps 300 --method trunk --mu 0.5 --lr 1e-4 --val-every 0 --eval-n 110 --eval-samples 1"
+FLAGS = "--steps 300 --method trunk --mu 0.5 --val-every 0 --eval-n 110 --eval-samples 1"
+SETTINGS = {"right": "--task gp --lr 1e-4", "wrong": "--task gp-wrong --imitation nll --lr 2e-4"}  # rates as searched
+TITLES = {"right": "demonstrations right", "wrong": "all wrong, plain loss"}
 AT = (50, 150)  # the steps after which it branches
 HORIZONS = (1, 10, 50)
 SIDES = (0.3, 0.7)
 TRACES = (0.0, 0.5, 0.9, 0.98)
 PROMPTS, SAMPLES = 96, 16  # of an estimate
 KNOWN = {"trunk": MethodFlags(CONTROLLER)}
+TASKS = {**amft.TASKS, **EXPERTS}
 
 
 class Measured(Exception):
@@ -47,12 +52,15 @@ def write(**row):
         file.write(json.dumps(row) + "\n")
 
 
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def rows_of(path, setting=None):
+    """All rows of a log, or a setting's."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if setting in (None, row["setting"])]
 
 
 class Trunk(amft.Method):
     """The mixture. Where it branches it is saved, and the meta-gradient is estimated, by every trace."""
+    setting = ""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -60,7 +68,8 @@ class Trunk(amft.Method):
 
     def choose_mu(self, step):
         if step.t - 1 in AT:  # the model still is what the last step made it
-            shutil.copytree(FOLDER / "trunk", FOLDER / f"at-{step.t - 1}", dirs_exist_ok=True)
+            folder = FOLDER / self.setting
+            shutil.copytree(folder / "trunk", folder / f"at-{step.t - 1}", dirs_exist_ok=True)
             self.estimate(step)
         if step.t > max(AT):
             raise Measured
@@ -72,7 +81,7 @@ class Trunk(amft.Method):
         rollouts = amft.rollout(*self.policy, episodes, SAMPLES, config.max_new_tokens)
         for trace, (d_theta, *_) in self.sensitivities.items():
             slope, error = amft.meta_gradient(model, d_theta, rollouts, config)
-            write(kind="estimate", at=step.t - 1, trace=trace, slope=slope, error=error)
+            write(kind="estimate", setting=self.setting, at=step.t - 1, trace=trace, slope=slope, error=error)
 
     def before_update(self, step, theta, adam, first):
         for trace, last in self.sensitivities.items():
@@ -82,14 +91,15 @@ class Trunk(amft.Method):
 
 class Branch(amft.Method):
     """Goes on from the trunk's state with its own mu and seed, and is measured at each horizon."""
+    setting = ""
     start = 0  # the step after which it branched
 
     def choose_mu(self, step):
         done = step.t - 1 - self.start
         if done in HORIZONS:
             row = amft.evaluate(*self.policy, self.task, self.config, "val", 1.0, SAMPLES)
-            write(kind="branch", at=self.start, horizon=done, mu=self.config.mu, seed=self.config.seed,
-                  success=row["success"], hits=row["hits"])
+            write(kind="branch", setting=self.setting, at=self.start, horizon=done, mu=self.config.mu,
+                  seed=self.config.seed, success=row["success"], hits=row["hits"])
         if done == max(HORIZONS):
             raise Measured
         return super().choose_mu(step)
@@ -98,32 +108,36 @@ class Branch(amft.Method):
         pass
 
 
-def grow_trunk():
-    if len([row for row in rows_of(LOG) if row["kind"] == "estimate"]) == len(AT) * len(TRACES):
+def grow_trunk(setting):
+    """The trunk, if the log has not all its estimates; then its folders are needed, too."""
+    folder, rows = FOLDER / setting, rows_of(LOG)
+    if len([row for row in rows if (row["setting"], row["kind"]) == (setting, "estimate")]) == len(AT) * len(TRACES):
         return
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    LOG.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    if LOG.exists():  # what is left of a trunk that was cut off
+        LOG.write_text("".join(json.dumps(row) + "\n" for row in rows if row["setting"] != setting))
+    Trunk.setting = setting
     with contextlib.suppress(Measured):
-        flags = [*FLAGS.split(), "--seed", str(SEED), "--out", str(FOLDER / "trunk")]
-        amft.main(flags, {"trunk": Trunk}, amft.Config, KNOWN)
+        flags = [*FLAGS.split(), *SETTINGS[setting].split(), "--seed", str(SEED), "--out", str(folder / "trunk")]
+        amft.main(flags, {"trunk": Trunk}, amft.Config, KNOWN, TASKS)
 
 
-def grow_branch(at, mu, seed):
+def grow_branch(setting, at, mu, seed):
     """One branch, if the log has not all of it: the trunk's folder with another mu and seed in its first line."""
-    found = [row for row in rows_of(LOG) if row["kind"] == "branch"
+    found = [row for row in rows_of(LOG, setting) if row["kind"] == "branch"
              and (row["at"], row["mu"], row["seed"]) == (at, mu, seed)]
     if {row["horizon"] for row in found} == set(HORIZONS):
         return
-    out = FOLDER / "branch"
+    out = FOLDER / setting / "branch"
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(FOLDER / f"at-{at}", out)
+    shutil.copytree(FOLDER / setting / f"at-{at}", out)
     text = (out / "metrics.jsonl").read_text()
     other = text.replace(f'"seed": {SEED},', f'"seed": {seed},', 1).replace('"mu": 0.5,', f'"mu": {mu},', 1)
     assert len(other) == len(text)  # the state knows how long the log was
     (out / "metrics.jsonl").write_text(other)
-    Branch.start = at
+    Branch.setting, Branch.start = setting, at
     with contextlib.suppress(Measured):
-        amft.main(["--resume", str(out)], {"trunk": Branch}, amft.Config, KNOWN)
+        amft.main(["--resume", str(out)], {"trunk": Branch}, amft.Config, KNOWN, TASKS)
 
 
 def truths(rows, at, horizon):
@@ -140,37 +154,49 @@ def value_and_error(values):
     return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
+def places_of(rows):
+    """[(setting, the rows of it, step after which it branches)], in the order of SETTINGS."""
+    places = []
+    for setting in SETTINGS:
+        own = [row for row in rows if row["setting"] == setting]
+        places += [(setting, own, at) for at in sorted({row["at"] for row in own if row["kind"] == "branch"})]
+    return places
+
+
 def table(rows):
     """dU/dmu in points of success per unit of mu, with its standard error."""
-    places = sorted({row["at"] for row in rows})
-    lines = []
+    places, lines = places_of(rows), []
     for horizon in HORIZONS:
-        values = [truths(rows, at, horizon) for at in places]
+        values = [truths(own, at, horizon) for _, own, at in places]
         cells = ["{:+.2f} ± {:.2f}".format(*(100 * x for x in value_and_error(own))) for own in values]
-        lines.append([f"true, after {horizon} steps ({len(values[0])} pairs)", *cells])
+        lines.append([f"true, after {horizon} steps", *cells])
     for trace in TRACES:
-        found = {row["at"]: row for row in rows if row["kind"] == "estimate" and row["trace"] == trace}
-        cells = [f"{100 * found[at]['slope']:+.2f} ± {100 * found[at]['error']:.2f}" for at in places]
+        found = [next(row for row in own if (row["kind"], row["at"], row.get("trace")) == ("estimate", at, trace))
+                 for _, own, at in places]
+        cells = [f"{100 * row['slope']:+.2f} ± {100 * row['error']:.2f}" for row in found]
         lines.append([f"estimated, trace {trace}", *cells])
-    header = ["dU/dmu on val, points, ± a standard error", *(f"after step {at}" for at in places)]
+    pairs = [len(truths(own, at, HORIZONS[0])) for _, own, at in places]
+    header = ["dU/dmu on val, points, ± a standard error",
+              *(f"{TITLES[setting]}, after step {at} ({n} pairs)" for (setting, _, at), n in zip(places, pairs))]
     return "\n".join(markdown(header, lines)[1:])
 
 
 def draw(rows, path):
     from matplotlib.figure import Figure
-    places = sorted({row["at"] for row in rows})
-    figure = Figure((5 * len(places), 3.6), layout="constrained")
-    for axis, at in zip(figure.subplots(1, len(places), squeeze=False)[0], places):
-        points = [value_and_error(truths(rows, at, horizon)) for horizon in HORIZONS]
+    places = places_of(rows)
+    figure = Figure((3.8 * len(places), 3.6), layout="constrained")
+    for axis, (setting, own, at) in zip(figure.subplots(1, len(places), squeeze=False)[0], places):
+        points = [value_and_error(truths(own, at, horizon)) for horizon in HORIZONS]
         values, errors = zip(*points)
         axis.errorbar(HORIZONS, [100 * x for x in values], [196 * x for x in errors], fmt="o-",
                       color="black", capsize=3, label="true: branches held at 0.7 and 0.3")
-        for row in rows:
+        for row in own:
             if row["kind"] == "estimate" and row["at"] == at:  # a trace sees 1 / (1 - trace) steps
                 axis.errorbar(min(1 / (1 - row["trace"]), 60), 100 * row["slope"], 196 * row["error"], fmt="s",
                               capsize=3, label=f"estimated, trace {row['trace']}")
         axis.axhline(0, color="grey", linewidth=0.6)
-        axis.set(xscale="log", xlabel="horizon, steps", title=f"after step {at}")
+        axis.set(xscale="log", xlabel="horizon, steps")
+        axis.set_title(f"{TITLES[setting]}, after step {at}", fontsize=10)
     figure.axes[0].set_ylabel("dU/dmu on val, points (95%)")
     figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
@@ -180,6 +206,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=8, help="of branches, at each place; two at least")
+    parser.add_argument("--only", choices=SETTINGS, help="run this setting alone")
     parser.add_argument("--recorded", action="store_true", help="run nothing")
     args = parser.parse_args(argv)
     if args.pairs < 2:
@@ -189,11 +216,12 @@ def main(argv=None):
     else:
         running.SAVE_SECONDS = -1  # the trunk's state is there after each step
         LOG.parent.mkdir(parents=True, exist_ok=True)
-        grow_trunk()
-        for pair in range(args.pairs):
-            for at in AT:
-                for mu in SIDES:
-                    grow_branch(at, mu, SEED + 1 + pair)
+        for setting in [args.only] if args.only else SETTINGS:
+            grow_trunk(setting)
+            for pair in range(args.pairs):
+                for at in AT:
+                    for mu in SIDES:
+                        grow_branch(setting, at, mu, SEED + 1 + pair)
         rows, path = rows_of(LOG), LOG.with_suffix(".png")
     print(table(rows))
     draw(rows, path)

@@ -212,7 +212,7 @@ def test_branches_differ_in_mu_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(horizon, "SAMPLES", 2)
     monkeypatch.setattr(horizon.running, "SAVE_SECONDS", horizon.running.SAVE_SECONDS)  # put back after
     monkeypatch.setattr(
-        horizon, "FLAGS", "--task gp --smoke --warmup 0 --model base --method trunk --mu 0.5 --eval-n 4 "
+        horizon, "FLAGS", "--smoke --warmup 0 --model base --method trunk --mu 0.5 --eval-n 4 "
                           "--eval-samples 1 --device cpu")
     seen = []
     real = amft.adamw_step
@@ -221,9 +221,9 @@ def test_branches_differ_in_mu_alone(tmp_path, monkeypatch, capsys):
         seen.append((adam.step, theta.clone(), grad.clone()))
         return real(theta, grad, adam, **how)
     monkeypatch.setattr(amft, "adamw_step", step)
-    horizon.main(["--pairs", "2"])
+    horizon.main(["--pairs", "2", "--only", "right"])
     rows = horizon.rows_of(horizon.LOG)
-    assert len(rows) == 4 + 2 * 2 * 2
+    assert len(rows) == 4 + 2 * 2 * 2 and {row["setting"] for row in rows} == {"right"}
     assert [row["horizon"] for row in rows if row["kind"] == "branch"] == 4 * [1, 3]
     assert all(row["success"] == sum(row["hits"]) / 8 for row in rows if row["kind"] == "branch")
     branches = [i for i, (t, _, _) in enumerate(seen) if t == 2]  # the first update of each; the trunk ends at 2
@@ -234,6 +234,6 @@ def test_branches_differ_in_mu_alone(tmp_path, monkeypatch, capsys):
     # One pair: grad = (1 - mu) g_rl + mu g_sft of the same two gradients; the other pair has others.
     assert not torch.equal(a, b) and not torch.allclose(a + b, c + d)
     table = capsys.readouterr().out
-    assert "true, after 3 steps (2 pairs)" in table and "estimated, trace 0.98" in table
-    horizon.main(["--pairs", "2"])  # all is there
+    assert "true, after 3 steps" in table and "right, after step 2 (2 pairs)" in table and "estimated, trace 0.98" in table
+    horizon.main(["--pairs", "2", "--only", "right"])  # all is there
     assert horizon.rows_of(horizon.LOG) == rows
