@@ -49,11 +49,19 @@ from compare.logs import (  # noqa: E402
 PROGRAM = [sys.executable, "compare/rivals.py"]
 
 
+def source(spec, run):
+    """The run whose flags, or search, this one's come from: itself, or the last of a chain of @NAME."""
+    while str(spec["runs"][run]).startswith("@"):
+        run = spec["runs"][run][1:].partition(" ")[0]
+    return run
+
+
 def trials(spec, only="*"):
-    """[(name, seed, flags)] of the search."""
+    """[(name, seed, flags)] of the searches that the matching runs need."""
     jobs = []
-    for run, own in spec["runs"].items():
-        if isinstance(own, list) and fnmatch.fnmatch(run, only):
+    for run in dict.fromkeys(source(spec, name) for name in fnmatch.filter(spec["runs"], only)):
+        own = spec["runs"][run]
+        if isinstance(own, list):
             names = [f"search/{run}.{i}" for i in range(len(own))]
             jobs += [(name, spec["search"]["seed"], flags_of([spec], name)) for name in names]
     return jobs

@@ -493,6 +493,13 @@ def test_a_matrix_is_searched_run_resumed_and_not_run_again(toy_matrix, capsys):
     assert "6 runs, 0 to do" in capsys.readouterr().out
 
 
+def test_a_run_that_borrows_searched_flags_is_searched_first(toy_matrix):
+    """A traceback, or a first trial's flags, where --only names a run whose flags are another's."""
+    go, folder, _, _ = toy_matrix
+    go("--only", "gp/cold")
+    assert set(flags_by_run(folder)) == {("search/gp/amft.0", 9), ("search/gp/amft.1", 9), ("gp/cold", 0), ("gp/cold", 1)}
+
+
 def test_an_unpacked_study_says_what_its_runs_were_started_with(toy_matrix, tmp_path):
     """A study that matrix.py cannot go on with."""
     go, folder, _, _ = toy_matrix
