@@ -44,7 +44,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from compare.logs import (  # noqa: E402
-    ROOT, RUNS, collect, finished, flags_of, quiet_pipe, read, words)
+    ROOT, RUNS, collect, finished, first, flags_of, quiet_pipe, read, words)
 
 PROGRAM = [sys.executable, "compare/rivals.py"]
 
@@ -116,7 +116,7 @@ def refuse_other_flags(jobs):
                      "remove it, or name the new run otherwise")
 
 
-def run_missing(missing, folder, args):
+def run_missing(missing, folder, measure, args):
     """Run {out: flags}, `args.jobs` at a time, and say how it goes."""
     start = time.time()
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -124,16 +124,16 @@ def run_missing(missing, folder, args):
         for i, future in enumerate(as_completed(futures), 1):
             minutes = (time.time() - start) / 60
             out = futures[future]
-            what = outcome(out, future.result())
+            what = outcome(out, future.result(), measure)
             print(f"{i}/{len(missing)}  {minutes:.1f} of about {minutes / i * len(missing):.1f} min  "
                   f"{out.relative_to(folder)}  {what}", flush=True)
 
 
-def outcome(out, code):
+def outcome(out, code, measure):
     if code:
         return f"failed, see {screen_of(out)}"
     evaluations = [row for row in read(out) if row["kind"] == "eval" and row["split"] == "val"]
-    return f"val {evaluations[-1]['success']:.3f}" if evaluations else "done"
+    return f"val {first(evaluations[-1][measure]):.3f}" if evaluations else "done"
 
 
 def run_all(jobs, folder, spec, args):
@@ -147,7 +147,7 @@ def run_all(jobs, folder, spec, args):
             command = [*PROGRAM[1:], *flags, "--out", str(out.relative_to(ROOT))]
             print(shlex.join(command))
         return not missing
-    run_missing(missing, folder, args)
+    run_missing(missing, folder, spec.get("measure", "success"), args)
     return all(finished(read(out)) for out in jobs)
 
 

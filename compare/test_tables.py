@@ -493,6 +493,13 @@ def test_a_matrix_is_searched_run_resumed_and_not_run_again(toy_matrix, capsys):
     assert "6 runs, 0 to do" in capsys.readouterr().out
 
 
+def test_what_is_printed_of_a_run_is_what_the_search_judges_it_by(tmp_path):
+    """Success at temperature 1 where the best rate by the study's measure is looked for."""
+    write_log(tmp_path / "run", [dict(kind="eval", step=1, split="val", success=0.1, best=[0.25, 0.2, 0.3])])
+    assert matrix.outcome(tmp_path / "run", 0, "best") == "val 0.250"
+    assert matrix.outcome(tmp_path / "run", 0, "success") == "val 0.100"
+
+
 def test_a_run_that_borrows_searched_flags_is_searched_first(toy_matrix):
     """A traceback, or a first trial's flags, where --only names a run whose flags are another's."""
     go, folder, _, _ = toy_matrix
