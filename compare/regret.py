@@ -44,6 +44,12 @@ def outcomes(table, settings=tuple(SETTINGS)):
     return found
 
 
+def averages(found):
+    """{setting: {run: mean outcome}}."""
+    return {setting: {name: statistics.mean(values) for name, values in own.items()}
+            for setting, own in found.items()}
+
+
 def everywhere(found):
     """The methods that ran in every setting. ValueError where AMFT or a constant did not."""
     missing = [f"{setting}/{name}" for setting, own in found.items() for name in METHODS if name not in own]
@@ -100,8 +106,7 @@ def section(table, settings=SETTINGS, title="Regret", draws=2000):
     """Lines: the table, and what it says of AMFT."""
     found = outcomes(table, settings)
     names = everywhere(found)
-    means = {setting: {name: statistics.mean(values) for name, values in own.items()}
-             for setting, own in found.items()}
+    means = averages(found)
     seen, open_ones = regrets(means, names), [regrets(one, names) for one in redrawn(found, draws)]
     lines = []
     for name in seen:
@@ -131,6 +136,20 @@ def section(table, settings=SETTINGS, title="Regret", draws=2000):
         f"AMFT's {'; its '.join(differences)}. What was to be reached, a worst regret below every constant's and a mean "
         f"not above the best constant's, is {'' if earns_its_place(seen) else 'not '}reached by the means, and reached "
         f"in {share:.0f}% of the redrawings."]
+
+
+def both(table):
+    """Lines: of the methods that ran everywhere with either loss, success and regret, rectified / plain in each cell."""
+    sides = [outcomes(table, settings) for settings in (SETTINGS, PLAIN)]
+    names = [name for name in everywhere(sides[0]) if name in everywhere(sides[1])]
+    columns = []
+    for found in sides:
+        means = averages(found)
+        regret = regrets(means, names)
+        columns.append([*means.values(), *({name: summary(regret[name]) for name in names}
+                                           for summary in (statistics.mean, max))])
+    lines = [[METHODS[name], *(f"{one[name]:.1f} / {other[name]:.1f}" for one, other in zip(*columns))] for name in names]
+    return markdown(["%, rectified / plain", *SETTINGS.values(), "mean regret", "worst regret"], lines)[1:]
 
 
 def losses(table):
