@@ -3,6 +3,7 @@
 Each runs through the same loop. Shapes: P prompts, G samples of each.
 """
 
+import copy
 import math
 import random
 import sys
@@ -116,6 +117,18 @@ class Rule(Sum):
     split = "val_rule"
 
 
+class Cold(amft.Controller):
+    """U is success at temperature 0.3, not at that of training: what merely makes the policy certain raises it less."""
+
+    def estimates(self, step):
+        config = self.config
+        self.config = copy.copy(config)
+        self.config.temperature = 0.3
+        estimates = super().estimates(step)
+        self.config = config
+        return estimates
+
+
 class PassVal(Sum):
     """U is pass@k on validation prompts; k falls from G - 1 to 1 at the run's end.
 
@@ -186,6 +199,7 @@ class AutoWarmup(Sum):
 CONTROLLERS = {
     "amft-null": Null,
     "amft-replay": Replay,
+    "amft-cold": Cold,
     "amft-sum": Sum,
     "amft-recent": Recent,
     "amft-rule": Rule,
@@ -197,5 +211,6 @@ CONTROLLERS = {
 ADDS_UP = dict(eta_mu=0.05, eta_h=0.05)  # the most in a step; in a step and nat
 METHOD_FLAGS = {name: MethodFlags(defaults=ADDS_UP) for name in CONTROLLERS}
 METHOD_FLAGS["amft-null"] = MethodFlags()
+METHOD_FLAGS["amft-cold"] = MethodFlags(defaults=dict(utility="val"))
 METHOD_FLAGS["amft-replay"] = MethodFlags(["mu", *CONTROLLER])
 METHOD_FLAGS["amft-pass"] = METHOD_FLAGS["amft-pass4"] = MethodFlags(defaults=dict(ADDS_UP, utility="train"))

@@ -3,11 +3,12 @@
     python compare/horizon.py           # into runs/compare/horizon.jsonl, resumable; then the table and the figure
     python compare/horizon.py --recorded    # table and figure from compare/recorded/horizon.jsonl
 
-A mixture is trained at mu = 0.5, in two settings: demonstrations as they are, and all wrong, with the plain loss. After
-some of its steps it branches: held at 0.3 and at 0.7, with the same prompts, demonstrations and noise, branch pairs go on
-from the same state. Success on all validation deals, 0.7's less 0.3's, over 0.4, is dU/dmu as it is at that horizon. Beside
-it: what the controller would have estimated in that state, with many more conversations than it has in a run, for each
-trace; in units of U per unit of mu, too.
+A mixture is trained at mu = 0.5, with rectified imitation and with the plain loss. After some of its steps it branches:
+held at 0.3 and at 0.7, with the same prompts, demonstrations and noise, branch pairs go on from the same state. Success on
+all validation deals, 0.7's less 0.3's, over 0.4, is dU/dmu as it is at that horizon: U as the controller is told it, success
+at temperature 1; and success at 0.1, which a policy does not raise by getting more certain. Beside it: what the controller
+would have estimated in that state, with many more conversations than it has in a run, for each trace; in units of U per
+unit of mu, too.
 """
 
 import argparse
@@ -22,7 +23,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import amft  # noqa: E402
-from compare.experts import EXPERTS  # noqa: E402
 from compare.logs import RECORDED, RUNS  # noqa: E402
 from compare.tables import markdown  # noqa: E402
 from harness import run as running  # noqa: E402
@@ -31,16 +31,15 @@ from harness.arguments import CONTROLLER, MethodFlags  # noqa: E402
 LOG = RUNS / "horizon.jsonl"
 FOLDER = RUNS / "horizon"
 SEED = 300  # of the trunk; the branches' follow. No recorded run has these
-FLAGS = "--steps 300 --method trunk --mu 0.5 --val-every 0 --eval-n 110 --eval-samples 1"
-SETTINGS = {"right": "--task gp --lr 1e-4", "wrong": "--task gp-wrong --imitation nll --lr 4e-4"}  # rates as searched
-TITLES = {"right": "demonstrations right", "wrong": "all wrong, plain loss"}
+FLAGS = "--task gp --steps 300 --method trunk --mu 0.5 --val-every 0 --eval-n 110 --eval-samples 1"
+SETTINGS = {"rectified": "--lr 1e-4", "plain": "--imitation nll --lr 4e-4"}  # rates as searched
 AT = (50, 150)  # the steps after which it branches
 HORIZONS = (1, 10, 50)
 SIDES = (0.3, 0.7)
 TRACES = (0.0, 0.5, 0.9, 0.98)
 PROMPTS, SAMPLES = 96, 16  # of an estimate
+COLD = 0.1  # the other temperature at which branches are measured
 KNOWN = {"trunk": MethodFlags(CONTROLLER)}
-TASKS = {**amft.TASKS, **EXPERTS}
 
 
 class Measured(Exception):
@@ -97,9 +96,10 @@ class Branch(amft.Method):
     def choose_mu(self, step):
         done = step.t - 1 - self.start
         if done in HORIZONS:
-            row = amft.evaluate(*self.policy, self.task, self.config, "val", 1.0, SAMPLES)
+            row, cold = (amft.evaluate(*self.policy, self.task, self.config, "val", temperature, SAMPLES)
+                         for temperature in (1.0, COLD))
             write(kind="branch", setting=self.setting, at=self.start, horizon=done, mu=self.config.mu,
-                  seed=self.config.seed, success=row["success"], hits=row["hits"])
+                  seed=self.config.seed, success=row["success"], hits=row["hits"], cold=cold["success"])
         if done == max(HORIZONS):
             raise Measured
         return super().choose_mu(step)
@@ -119,7 +119,7 @@ def grow_trunk(setting):
     Trunk.setting = setting
     with contextlib.suppress(Measured):
         flags = [*FLAGS.split(), *SETTINGS[setting].split(), "--seed", str(SEED), "--out", str(folder / "trunk")]
-        amft.main(flags, {"trunk": Trunk}, amft.Config, KNOWN, TASKS)
+        amft.main(flags, {"trunk": Trunk}, amft.Config, KNOWN)
 
 
 def grow_branch(setting, at, mu, seed):
@@ -137,13 +137,13 @@ def grow_branch(setting, at, mu, seed):
     (out / "metrics.jsonl").write_text(other)
     Branch.setting, Branch.start = setting, at
     with contextlib.suppress(Measured):
-        amft.main(["--resume", str(out)], {"trunk": Branch}, amft.Config, KNOWN, TASKS)
+        amft.main(["--resume", str(out)], {"trunk": Branch}, amft.Config, KNOWN)
 
 
-def truths(rows, at, horizon):
-    """dU/dmu of every pair of branches at this horizon."""
-    success = {(row["seed"], row["mu"]): row["success"] for row in rows
-               if row["kind"] == "branch" and (row["at"], row["horizon"]) == (at, horizon)}
+def truths(rows, at, horizon, measure="success"):
+    """dU/dmu of every pair of branches at this horizon; measure: success at temperature 1, or cold, at 0.1."""
+    success = {(row["seed"], row["mu"]): row[measure] for row in rows
+               if row["kind"] == "branch" and (row["at"], row["horizon"]) == (at, horizon) and measure in row}
     low, high = SIDES
     seeds = sorted({seed for seed, _ in success})
     return [(success[seed, high] - success[seed, low]) / (high - low) for seed in seeds
@@ -166,10 +166,11 @@ def places_of(rows):
 def table(rows):
     """dU/dmu in points of success per unit of mu, with its standard error."""
     places, lines = places_of(rows), []
-    for horizon in HORIZONS:
-        values = [truths(own, at, horizon) for _, own, at in places]
-        cells = ["{:+.2f} ± {:.2f}".format(*(100 * x for x in value_and_error(own))) for own in values]
-        lines.append([f"true, after {horizon} steps", *cells])
+    for measure, temperature in (("success", 1), ("cold", COLD)):
+        for horizon in HORIZONS:
+            values = [truths(own, at, horizon, measure) for _, own, at in places]
+            cells = ["{:+.2f} ± {:.2f}".format(*(100 * x for x in value_and_error(own))) if own else "-" for own in values]
+            lines.append([f"true, T = {temperature}, after {horizon} steps", *cells])
     for trace in TRACES:
         found = [next(row for row in own if (row["kind"], row["at"], row.get("trace")) == ("estimate", at, trace))
                  for _, own, at in places]
@@ -177,7 +178,7 @@ def table(rows):
         lines.append([f"estimated, trace {trace}", *cells])
     pairs = [len(truths(own, at, HORIZONS[0])) for _, own, at in places]
     header = ["dU/dmu on val, points, ± a standard error",
-              *(f"{TITLES[setting]}, after step {at} ({n} pairs)" for (setting, _, at), n in zip(places, pairs))]
+              *(f"{setting}, after step {at} ({n} pairs)" for (setting, _, at), n in zip(places, pairs))]
     return "\n".join(markdown(header, lines)[1:])
 
 
@@ -186,19 +187,21 @@ def draw(rows, path):
     places = places_of(rows)
     figure = Figure((3.8 * len(places), 3.6), layout="constrained")
     for axis, (setting, own, at) in zip(figure.subplots(1, len(places), squeeze=False)[0], places):
-        points = [value_and_error(truths(own, at, horizon)) for horizon in HORIZONS]
-        values, errors = zip(*points)
-        axis.errorbar(HORIZONS, [100 * x for x in values], [196 * x for x in errors], fmt="o-",
-                      color="black", capsize=3, label="true: branches held at 0.7 and 0.3")
+        for measure, style, colour, temperature in (("cold", "v:", "grey", COLD), ("success", "o-", "black", 1)):
+            points = [value_and_error(found) for horizon in HORIZONS if (found := truths(own, at, horizon, measure))]
+            if points:
+                values, errors = zip(*points)
+                axis.errorbar(HORIZONS, [100 * x for x in values], [196 * x for x in errors], fmt=style, color=colour,
+                              capsize=3, label=f"true, T = {temperature}: branches held at 0.7 and 0.3")
         for row in own:
             if row["kind"] == "estimate" and row["at"] == at:  # a trace sees 1 / (1 - trace) steps
                 axis.errorbar(min(1 / (1 - row["trace"]), 60), 100 * row["slope"], 196 * row["error"], fmt="s",
                               capsize=3, label=f"estimated, trace {row['trace']}")
         axis.axhline(0, color="grey", linewidth=0.6)
         axis.set(xscale="log", xlabel="horizon, steps")
-        axis.set_title(f"{TITLES[setting]}, after step {at}", fontsize=10)
+        axis.set_title(f"{setting} loss, after step {at}", fontsize=10)
     figure.axes[0].set_ylabel("dU/dmu on val, points (95%)")
-    figure.axes[0].legend(fontsize=7)
+    figure.axes[-1].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 

@@ -421,13 +421,13 @@ def signal_cells(rows, many):
 def horizon(rows):
     """What mu does to success at each horizon, and what the meta-gradient says of it (see horizon.py)."""
     from compare import horizon as study  # which takes its markdown from here
-    runs = "; ".join(f"{study.TITLES[name]}: `{flags}`" for name, flags in study.SETTINGS.items())
+    runs = "; ".join(f"{name}: `{flags}`" for name, flags in study.SETTINGS.items())
     return [
         "# What mu does, and what the meta-gradient says", "",
-        f"Made by `python compare/tables.py horizon` from `horizon.jsonl`: runs of `python compare/rivals.py "
+        f"Made by `python compare/tables.py horizon` from `horizon.jsonl`: runs of `python amft.py "
         f"{study.FLAGS.replace('--method trunk', '--method fixed --warmup 0')} --seed {study.SEED}` and ({runs}), branched "
         f"at mu = {study.SIDES[0]} and {study.SIDES[1]} with the same prompts, demonstrations and noise; success of "
-        f"{study.SAMPLES} samples of every validation deal at temperature 1. Estimates: {study.PROMPTS} prompts x "
+        f"{study.SAMPLES} samples of every validation deal at temperature T. Estimates: {study.PROMPTS} prompts x "
         f"{study.SAMPLES} samples.", "",
         study.table(rows)]
 

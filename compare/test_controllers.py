@@ -86,6 +86,26 @@ def test_the_null_is_told_noise_of_the_estimates_own_error(monkeypatch):
     assert other != drawn[0]
 
 
+def test_the_cold_look_samples_and_differentiates_at_its_own_temperature(monkeypatch):
+    """Samples of one temperature and a gradient of another; a run that then trains at 0.3."""
+    asked = []
+    rollouts = SimpleNamespace(episodes=[0], success=torch.tensor([[0.0, 1.0]] * 3))
+
+    def rollout(model, tokenizer, episodes, samples, max_new_tokens, temperature):
+        asked.append(temperature)
+        return rollouts
+
+    def meta_gradient(model, d_theta, val, config, advantages):
+        asked.append(config.temperature)
+        return 1.0, 2.0
+    monkeypatch.setattr(amft, "rollout", rollout)
+    monkeypatch.setattr(amft, "meta_gradient", meta_gradient)
+    cold = controllers.Cold(amft.Config(utility="val", warmup=0), SimpleNamespace(sample=lambda *_: None))
+    cold.sensitivity = (None, None, None)
+    assert cold.estimates(amft.Step(5, 0.1, random.Random(0))) == [(1.0, 2.0)]
+    assert asked == [0.3, 0.3] and cold.config.temperature == 1.0
+
+
 def write_path(folder, mus):
     """A log of a run whose mu at step 1, 2, ... was so."""
     folder.mkdir()
@@ -212,7 +232,7 @@ def test_branches_differ_in_mu_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(horizon, "SAMPLES", 2)
     monkeypatch.setattr(horizon.running, "SAVE_SECONDS", horizon.running.SAVE_SECONDS)  # put back after
     monkeypatch.setattr(
-        horizon, "FLAGS", "--smoke --warmup 0 --model base --method trunk --mu 0.5 --eval-n 4 "
+        horizon, "FLAGS", "--task gp --smoke --warmup 0 --model base --method trunk --mu 0.5 --eval-n 4 "
                           "--eval-samples 1 --device cpu")
     seen = []
     real = amft.adamw_step
@@ -221,9 +241,9 @@ def test_branches_differ_in_mu_alone(tmp_path, monkeypatch, capsys):
         seen.append((adam.step, theta.clone(), grad.clone()))
         return real(theta, grad, adam, **how)
     monkeypatch.setattr(amft, "adamw_step", step)
-    horizon.main(["--pairs", "2", "--only", "right"])
+    horizon.main(["--pairs", "2", "--only", "plain"])
     rows = horizon.rows_of(horizon.LOG)
-    assert len(rows) == 4 + 2 * 2 * 2 and {row["setting"] for row in rows} == {"right"}
+    assert len(rows) == 4 + 2 * 2 * 2 and {row["setting"] for row in rows} == {"plain"}
     assert [row["horizon"] for row in rows if row["kind"] == "branch"] == 4 * [1, 3]
     assert all(row["success"] == sum(row["hits"]) / 8 for row in rows if row["kind"] == "branch")
     branches = [i for i, (t, _, _) in enumerate(seen) if t == 2]  # the first update of each; the trunk ends at 2
@@ -234,6 +254,6 @@ def test_branches_differ_in_mu_alone(tmp_path, monkeypatch, capsys):
     # One pair: grad = (1 - mu) g_rl + mu g_sft of the same two gradients; the other pair has others.
     assert not torch.equal(a, b) and not torch.allclose(a + b, c + d)
     table = capsys.readouterr().out
-    assert "true, after 3 steps" in table and "right, after step 2 (2 pairs)" in table and "estimated, trace 0.98" in table
-    horizon.main(["--pairs", "2", "--only", "right"])  # all is there
+    assert "true, T = 1, after 3 steps" in table and "plain, after step 2 (2 pairs)" in table and "trace 0.98" in table
+    horizon.main(["--pairs", "2", "--only", "plain"])  # all is there
     assert horizon.rows_of(horizon.LOG) == rows
