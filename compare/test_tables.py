@@ -599,9 +599,10 @@ def settings_of(outcome, seeds=(1, 2), settings=tuple(regret.SETTINGS)):
 
 
 def test_regret_by_hand():
-    """One that is taken from another setting's best, or of the mean outcome."""
-    means = {"a": dict(x=10.0, y=12.0, z=3.0), "b": dict(x=8.0, y=1.0, z=9.0)}
-    assert regret.regrets(means, ["x", "z"]) == dict(x=[2.0, 1.0], z=[9.0, 0.0])
+    """One that is taken from another setting's best, of the mean outcome, or from a single seed's luck."""
+    means = {"a": dict(x=10.0, y=12.0, z=3.0, once=99.0), "b": dict(x=8.0, y=1.0, z=9.0, once=99.0)}
+    found = {setting: dict(x=[0, 0], y=[0, 0], z=[0, 0, 0], once=[0]) for setting in means}
+    assert regret.regrets(means, ["x", "z"], found) == dict(x=[2.0, 1.0], z=[9.0, 0.0])
 
 
 def test_a_settings_deviation_weighs_each_run_by_its_freedom():
