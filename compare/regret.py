@@ -190,6 +190,7 @@ def draw(table, path):
         row[0].set_ylabel("right at the best temperature, %,\ntraining and unseen deals")
     for axis in axes[1]:
         axis.set_xlabel("mu (beyond the line: without one)")
+    axes[0][0].set_ylim(bottom=-0.5)  # when all is drawn: it ends the autoscaling
     axes[0][0].legend(fontsize=7, loc="lower center")
     figure.savefig(path, dpi=110)
     print(path)
@@ -214,7 +215,7 @@ def panel(axis, study, own):
     axis.plot(last, own["amft"], "*", color="black", markersize=11, label="AMFT, a seed, at its last mu")
     axis.axhline(statistics.mean(own["amft"]), color="black", linewidth=0.8, linestyle=":", label="AMFT, mean")
     axis.axvline(1.06, color="lightgrey", linewidth=0.8)
-    axis.set(xticks=[0, 0.1, 0.3, 0.5, 0.7, 0.9, 1], xticklabels=["0", ".1", ".3", ".5", ".7", ".9", "1"], ylim=(-0.5, None))
+    axis.set(xticks=[0, 0.1, 0.3, 0.5, 0.7, 0.9, 1], xticklabels=["0", ".1", ".3", ".5", ".7", ".9", "1"])
 
 
 def main():
