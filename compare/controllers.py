@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
-from compare.logs import read  # noqa: E402
+from compare.logs import name_and_seed, read  # noqa: E402
 from harness.arguments import CONTROLLER, MethodFlags  # noqa: E402
 
 
@@ -45,17 +45,23 @@ class Null(amft.Controller):
         return [(rng.gauss(0, error), error) for _, error in super().estimates(step)]
 
 
-def replayed(runs, seed):
-    """The folder of another seed's run, of those named RUNS-SEED: the next seed's, after the last the first.
+def replayed(runs, seed, steps):
+    """{step: mu} of another seed's run among those named RUNS-SEED: the next seed's, after the last the first.
 
-    ValueError where there is none."""
+    ValueError where there is none, or its log is shorter."""
+    if not runs:
+        raise ValueError("--method amft-replay: needs --replay RUNS, as in runs/compare/worn/amft of amft-20, amft-21")
     runs = Path(runs)
-    others = {int(path.name.rpartition("-")[2]): path for path in runs.parent.glob(f"{runs.name}-*[0-9]")
-              if path.name.removeprefix(f"{runs.name}-").isdecimal() and read(path)}
-    others.pop(seed, None)
+    found = [(*name_and_seed(log.parent, runs.parent), log.parent)
+             for log in runs.parent.glob(f"{runs.name}-*[0-9]/metrics.jsonl")]
+    others = {own: folder for name, own, folder in found if name == runs.name and own != seed}
     if not others:
         raise ValueError(f"--replay {runs}: there is no run {runs.name}-SEED of another seed than {seed}")
-    return others[min((other for other in others if other > seed), default=min(others))]
+    chosen = others[min((other for other in others if other > seed), default=min(others))]
+    path = {row["step"]: row["mu"] for row in read(chosen) if row["kind"] == "step"}
+    if not path.keys() >= set(range(1, steps + 1)):
+        raise ValueError(f"--replay {runs}: the log of {chosen.name} has not all of --steps {steps}")
+    return path
 
 
 class Replay(amft.Method):
@@ -65,10 +71,7 @@ class Replay(amft.Method):
 
     def __init__(self, config, *of_task):
         super().__init__(config, *of_task)
-        rows = read(replayed(config.replay, config.seed))
-        self.path = {row["step"]: row["mu"] for row in rows if row["kind"] == "step"}
-        if not self.path.keys() >= set(range(1, config.steps + 1)):
-            raise ValueError(f"--replay {config.replay}: its log has not all of --steps {config.steps}")
+        self.path = replayed(config.replay, config.seed, config.steps)
 
     def choose_mu(self, step):
         return self.path[step.t] if step.rollouts else 1.0

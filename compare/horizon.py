@@ -109,13 +109,13 @@ class Branch(amft.Method):
 
 
 def grow_trunk(setting):
-    """The trunk, if the log has not all its estimates; then its folders are needed, too."""
-    folder, rows = FOLDER / setting, rows_of(LOG)
-    if len([row for row in rows if (row["setting"], row["kind"]) == (setting, "estimate")]) == len(AT) * len(TRACES):
+    """The trunk, with its folders to branch from, if the log has not all of its estimates."""
+    folder = FOLDER / setting
+    if sum(row["kind"] == "estimate" for row in rows_of(LOG, setting)) == len(AT) * len(TRACES):
         return
     shutil.rmtree(folder, ignore_errors=True)
     if LOG.exists():  # what is left of a trunk that was cut off
-        LOG.write_text("".join(json.dumps(row) + "\n" for row in rows if row["setting"] != setting))
+        LOG.write_text("".join(json.dumps(row) + "\n" for row in rows_of(LOG) if row["setting"] != setting))
     Trunk.setting = setting
     with contextlib.suppress(Measured):
         flags = [*FLAGS.split(), *SETTINGS[setting].split(), "--seed", str(SEED), "--out", str(folder / "trunk")]

@@ -127,17 +127,18 @@ def test_a_replay_takes_mu_from_the_next_seeds_run(tmp_path):
     assert mus(3, warms_up) == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("seed, steps, what", [(1, 2, "of another seed than 1"), (2, 3, "has not all of --steps 3")])
-def test_a_replay_of_nothing_or_of_a_shorter_run_is_one_line(tmp_path, capsys, seed, steps, what):
-    """A run that replays itself, or fails at the first step that the log has not."""
+@pytest.mark.parametrize("flags, what", [
+    ("--replay {}/amft --seed 1 --steps 2", "of another seed than 1"),
+    ("--replay {}/amft --seed 2 --steps 3", "has not all of --steps 3"),
+    ("--seed 2 --steps 2", "needs --replay RUNS")])
+def test_a_replay_of_nothing_or_of_a_shorter_run_is_one_line(tmp_path, capsys, flags, what):
+    """A run that replays itself, fails at the first step that the log has not, or leaves a folder behind."""
     write_path(tmp_path / "amft-1", [0.1, 0.2])
     with pytest.raises(SystemExit) as stopped:
-        flags = (f"--task gp --smoke --method amft-replay --replay {tmp_path / 'amft'} --seed {seed} --steps {steps} "
-                 f"--device cpu --out {tmp_path / 'run'}")
-        rivals.main(flags.split())
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and what in lines[0]
+        rivals.main(f"--task gp --smoke --method amft-replay {flags.format(tmp_path)} --device cpu "
+                    f"--out {tmp_path / 'run'}".split())
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+    assert what in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_sum_adds_up_and_goes_to_an_end(monkeypatch):
