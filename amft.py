@@ -790,8 +790,8 @@ def main(argv: Any = None, methods: dict = METHODS, config_class: type = Config,
         if not learns:
             rows = evaluation(look, task.splits, config.temperature, config.eval_samples)
             return print(table({config.model: rows}))
-        run = stop.run = run_class(arguments, model)
         method = methods[config.method](config, task, (model, tokenizer))
+        run = stop.run = run_class(arguments, model)
         train(config, method, task, model, tokenizer, run)
         run.evaluate(look, task.splits)
         run.finish(model, tokenizer)

@@ -56,8 +56,6 @@ class Config(amft.Config):
         if 0 < self.responses < least:
             raise ValueError(f"--responses {self.responses}: must be 0 or at least {least}, a prompt "
                              "at each step and the controller's own")
-        if self.method == "amft-replay":
-            controllers.replayed(self.replay, self.seed, self.steps)  # refused before there is a folder
         if self.splits:
             known = list(amft.make_task(self, TASKS).splits)
             chosen = self.splits.split(",")
