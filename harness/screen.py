@@ -1,5 +1,6 @@
 """What a run tells a person, from the rows of its log: lines, samples, the table, curves.png."""
 
+import copy
 import dataclasses
 import statistics
 from collections.abc import Iterable
@@ -77,7 +78,9 @@ class Screen:
         for solved in (True, False):
             episode = next((episode for episode in episodes if episode.success == solved), None)
             if episode is not None:
-                self.print(f"  it was asked     {shorten(episode.prompt)}\n"
+                asked = copy.copy(episode)  # a route's prompt is of the point where it stands: of its last response
+                asked.point = min(episode.point, episode.points - 1)
+                self.print(f"  it was asked     {shorten(asked.prompt)}\n"
                            f"  and said         {shorten(episode.responses[-1])}\n"
                            f"  which is graded  {episode.history[-1]}")
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -962,3 +963,19 @@ def test_the_table_and_the_sentence_say_the_best_temperature(tmp_path, capsys):
     table_row = next(line for line in printed.splitlines() if line.startswith("training problems (id)"))
     assert table_row.split("(id)")[1].split() == ["5.0%", "[2,", "10]", "50", "50.0", "30.0%", "[28,", "35]", "50", "50.0"]
     assert "Right at its best temperature (0.1 before, 0.1 after), %: validation 35 -> 60, training problems 5 -> 30." in printed
+
+
+@pytest.mark.parametrize("name", list(amft.TASKS))
+def test_a_conversation_is_printed_with_what_its_last_response_answered(tmp_path, capsys, name):
+    """A walk that has arrived is asked for a stop that is not there, or the first question beside the last answer."""
+    task = amft.make_task(amft.Config(task=name), amft.TASKS)
+    solved, failed = task.sample("train", random.Random(0)), task.sample("train", random.Random(1))
+    while not solved.success:
+        shown = solved.demonstration()[0].shown  # of what is left
+        solved.step(solved.expert)
+    while failed.tries < failed.attempts:
+        failed.step("no")
+    Screen(tmp_path, amft.Config(task=name), 10 ** 6).samples([failed, solved])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 6 and lines[2].endswith("correct")
+    assert lines[0].endswith(shown.split()[-1]) and lines[4].endswith("no")
