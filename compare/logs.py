@@ -108,7 +108,8 @@ def collect(folder):
     folder = Path(folder)
     spec = json.loads((folder / "spec.json").read_text())
     table = [{"kind": "spec", **spec}]
-    for log in sorted(folder.rglob("metrics.jsonl")):
+    logs = [log for log in folder.rglob("metrics.jsonl") if "heats" not in log.parts]  # a race's own log holds them
+    for log in sorted(logs):
         rows = read(log.parent)
         run, seed = name_and_seed(log.parent, folder)
         if not finished(rows):

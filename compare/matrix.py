@@ -19,8 +19,8 @@ first: each of its entries runs with the search's seed and flags, and the one th
 val or on the mean of the search's "splits", the first of equals, runs with every seed. amft.py refuses a
 flag that a method does not use, so "common" holds what all use. A name has no spaces; its part before a
 slash is its group, with tables of its own: gp/rl, virl/rl. "+sft +rl" stands for what soup.py merges of
-those two. "more" gives runs seeds of their own ({"amft": [0, 1, 2], "*/few": [0]}: the first pattern that
-fits). For tables.py: "reference" (the run that others are compared with; amft), "pooled" ({"ood":
+those two; flags with --heat are race.py's. "more" gives runs seeds of their own ({"amft": [0, 1, 2],
+"*/few": [0]}: the first pattern that fits). For tables.py: "reference" (the run that others are compared with; amft), "pooled" ({"ood":
 ["ood_rule", "ood_small"]}: means of splits), "reach" ([0.5]: rates on val to be reached), "clock" and
 "costs" ("rl", {"rl": 0.7, "amft": 1.0}: seconds a step, for a table at equal seconds).
 
@@ -47,6 +47,11 @@ from compare.logs import (  # noqa: E402
     ROOT, RUNS, collect, finished, first, flags_of, quiet_pipe, read, words)
 
 PROGRAM = [sys.executable, "compare/rivals.py"]
+RACE = [sys.executable, "compare/race.py"]
+
+
+def program(flags):
+    return RACE if "--heat" in flags else PROGRAM
 
 
 def source(spec, run):
@@ -99,9 +104,10 @@ def run(out, flags, args):
     environment = dict(os.environ, OMP_NUM_THREADS=str(args.threads))
     with open(screen_of(out), "a") as file:
         done = subprocess.run(
-            [*PROGRAM, *command], stdout=file, stderr=file, cwd=ROOT, env=environment)
+            [*program(flags), *command], stdout=file, stderr=file, cwd=ROOT, env=environment)
     if finished(read(out)) and not args.keep:
-        shutil.rmtree(out / "final", ignore_errors=True)
+        for name in ("final", "heats"):
+            shutil.rmtree(out / name, ignore_errors=True)
         (out / "state.pt").unlink(missing_ok=True)
     return done.returncode
 
@@ -144,7 +150,7 @@ def run_all(jobs, folder, spec, args):
     print(f"{len(jobs)} runs, {len(missing)} to do", flush=True)
     if args.list:
         for out, flags in missing.items():
-            command = [*PROGRAM[1:], *flags, "--out", str(out.relative_to(ROOT))]
+            command = [*program(flags)[1:], *flags, "--out", str(out.relative_to(ROOT))]
             print(shlex.join(command))
         return not missing
     run_missing(missing, folder, spec.get("measure", "success"), args)

@@ -27,7 +27,7 @@ LOSSES = {"wrong": "all wrong, rectified", "slow-nll": "all wrong, plain", "form
 # RL reads no demonstrations: its runs in a setting are those of another, to the last digit.
 RL_OF = dict.fromkeys(["half", "wrong", "form", "nll", "slow-nll", "right-nll", "half-nll", "wrong-nll"], "") | {"weak-nll": "weak"}
 METHODS = {"rl": "RL", "fixed-0.1": "mu = 0.1", "fixed-0.5": "mu = 0.5", "fixed-0.9": "mu = 0.9", "sft": "SFT",
-           "sft-rl": "SFT then RL", "soup": "SFT and RL, merged", "amft-null": "AMFT told noise", "amft-replay": "AMFT, another seed's mu",
+           "sft-rl": "SFT then RL", "soup": "SFT and RL, merged", "race": "race of three mus", "amft-null": "AMFT told noise", "amft-replay": "AMFT, another seed's mu",
            "amft-cold": "AMFT told success at 0.3",
            "amft-sum": "AMFT, evidence added up", "amft-paper": "AMFT, Eq. 6 as printed", "amft": "AMFT"}
 CONSTANTS = ["rl", "fixed-0.1", "fixed-0.5", "fixed-0.9", "sft"]  # of mu: 0 and 1 are RL and SFT, at rates of their own

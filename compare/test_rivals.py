@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import amft  # noqa: E402
 import harness.run  # noqa: E402
 import tasks  # noqa: E402
-from compare import controllers, experts, logs, rivals, snr, soup  # noqa: E402
+from compare import controllers, experts, logs, race, rivals, snr, soup  # noqa: E402
 from harness.arguments import parse  # noqa: E402
 
 # torch's own, where it first loads what torch.func.jvp needs
@@ -631,7 +631,7 @@ def test_recorded_flags_still_mean_what_they_meant(study, monkeypatch, tmp_path)
     """A default or a flag whose change would make another run of a recorded one's command."""
     monkeypatch.undo()  # with the tasks' defaults
     table = logs.recorded(study)
-    configs = [row for row in table[1:] if row["kind"] == "config" and row["method"] != "soup"]  # a merged one has none
+    configs = [row for row in table[1:] if row["kind"] == "config" and row["method"] not in ("soup", "race")]  # theirs are made
     assert configs
     for row in configs:
         words = logs.words(table[0], logs.flags_of(table, row["run"]), row["seed"])
@@ -782,3 +782,58 @@ def test_a_soup_is_chosen_by_success_on_val():
     of = {pair: 0.1 for pair in soup.GRID}
     of[0.5, 1.0] = of[1.0, 0.5] = 0.3
     assert soup.choose(lambda a, b: of[a, b]) == (0.5, 1.0)
+
+
+# --- The race -------------------------------------------------------------------------------------
+
+
+def steps_of(rows):
+    """What training did, without the clock and the count of responses."""
+    return [{key: value for key, value in row.items() if key not in ("seconds", "rollouts")}
+            for row in rows if row["kind"] == "step"]
+
+
+def test_a_race_is_three_runs_of_which_one_is_finished(tiny, tmp_path, unevaluated, monkeypatch, capsys):
+    """Heats that differ from the runs whose first steps they are, a winner that starts again, a race that cannot go on."""
+    words = f"--task gp --model {tiny} --steps 4 --samples 2 --prompts 2 --max-new-tokens 32 --sft-batch 2 --warmup 1 --device cpu".split()
+    started, go = [], race.go
+    monkeypatch.setattr(race, "go", lambda words, run_class: (started.append(words), go(words, run_class)))
+    monkeypatch.setattr(race, "MUS", (0.1, 0.5))
+    out = tmp_path / "race"
+    race.main([*words, "--heat", "2", "--out", str(out)])
+    assert len(started) == 3 and started[2] == ["--resume", str(out / "heats" / "mu-0.1")]  # of equals the lowest
+    for mu in race.MUS:
+        rivals.main([*words, "--method", "fixed", "--mu", str(mu), "--out", str(tmp_path / str(mu))])
+    winner, loser = (logs.read(tmp_path / str(mu)) for mu in race.MUS)
+    assert steps_of(logs.read(out)) == steps_of(winner) and len(steps_of(winner)) == 4
+    assert steps_of(logs.read(out / "heats" / "mu-0.5")) == steps_of(loser)[:2]
+    first, *_, last = logs.read(out)
+    assert (first["method"], last["rollouts"], last["heats"]) == ("race", 4 * 4, [0, 0])  # of three and one steps that sample
+    del started[:]
+    race.main([*words, "--heat", "2", "--out", str(out)])
+    assert started == []
+    with pytest.raises(SystemExit):
+        race.main([*words, "--heat", "1", "--out", str(tmp_path / "short")])
+    assert "must be longer than the warm-up" in capsys.readouterr().err
+
+
+def test_a_race_goes_to_the_heat_that_is_right_most_often_in_its_last_steps(tmp_path, monkeypatch):
+    """One that is judged by a heat's first steps, by its last step alone, or by what a winner did after its heat."""
+    ends = {0.1: [1.0] * 10 + [0.2] * 20, 0.5: [0.0] * 10 + [0.3] * 20, 0.9: [0.0] * 29 + [1.0] + [1.0] * 9}
+    for mu, successes in ends.items():
+        folder = tmp_path / "heats" / f"mu-{mu}"
+        folder.mkdir(parents=True)
+        steps = [dict(kind="step", step=t, success=x, rollouts=t, seconds=1.0) for t, x in enumerate(successes, 1)]
+        logs.write(folder / "metrics.jsonl", [dict(kind="config", method="fixed"), *steps])
+    gone = []
+    monkeypatch.setattr(race, "go", lambda words, run_class: gone.append((words[1], run_class)))
+    race.race([], tmp_path, heat=30)
+    assert gone == [(str(tmp_path / "heats" / "mu-0.5"), rivals.Run)]
+
+
+@pytest.mark.parametrize("flags", ["--mu 0.3", "--method=amft", "--heat 0", "--resume runs/race"])
+def test_a_race_refuses_what_it_sets_itself(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        race.main([*flags.split(), "--out", str(tmp_path / "race")])
+    assert stopped.value.code == 2 and not (tmp_path / "race").exists()
+    assert flags.split()[0].split("=")[0] in capsys.readouterr().err.splitlines()[-1]
