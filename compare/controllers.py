@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
+import tasks  # noqa: E402
 from compare.logs import name_and_seed, read  # noqa: E402
 from harness.arguments import CONTROLLER, MethodFlags  # noqa: E402
 
@@ -118,6 +119,11 @@ class Recent(Sum):
 class Rule(Sum):
     """U is success under the other rule, on the controller's deals."""
     split = "val_rule"
+
+    def __init__(self, config, task=None, policy=(None, None)):
+        super().__init__(config, task, policy)
+        if not isinstance(task, tasks.GeneralPoints):  # another would look for such a problem for ever
+            raise ValueError(f"--method amft-rule: only General Points has another rule to ask for, not --task {config.task}")
 
 
 class Cold(amft.Controller):

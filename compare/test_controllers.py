@@ -141,6 +141,15 @@ def test_a_replay_of_nothing_or_of_a_shorter_run_is_one_line(tmp_path, capsys, f
     assert what in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("task", ["math", "virl"])
+def test_a_rule_that_a_task_has_not_is_refused(tmp_path, capsys, task):
+    """A look that searches for ever for a problem of a split that is not there."""
+    with pytest.raises(SystemExit) as stopped:
+        rivals.main(f"--task {task} --smoke --method amft-rule --device cpu --out {tmp_path / 'run'}".split())
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+    assert "only General Points" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_sum_adds_up_and_goes_to_an_end(monkeypatch):
     """The rule as it was: z = -2 moves mu by 0.05 (2 Phi(-2) - 1), and goes on doing so."""
     sums = controllers.Sum(amft.Config(warmup=0, **controllers.ADDS_UP))
