@@ -158,6 +158,8 @@ class Pass(PassVal):
     """U is pass@k, k falling likewise, on the step's own prompts, which needs no more samples."""
 
     def estimates(self, step):
+        if len(step.rollouts.success) < 2:  # one prompt has no error
+            return []
         advantages = self.val_advantages(step, step.rollouts)
         slope, error = amft.meta_gradient(
             self.policy[0], self.sensitivity[0], step.rollouts, self.config, advantages)

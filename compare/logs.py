@@ -93,14 +93,14 @@ def name_and_seed(folder, study):
     return name, int(seed)
 
 
-def is_kept(run, row, every):
-    """Does this row of the run belong in the table?"""
+def is_kept(run, row, every, evaluated=()):
+    """Does this row of the run belong in the table? evaluated: after which steps there is an evaluation."""
     if row["kind"] != "step":
         return True
     if run.startswith("search/"):  # a trial is judged by its evaluation alone
         return False
     has_meta_gradient = row["meta_grad"] is not None or row["meta_own"] is not None
-    return row["step"] % every == 0 or has_meta_gradient
+    return row["step"] % every == 0 or row["step"] in evaluated or has_meta_gradient
 
 
 def collect(folder):
@@ -114,8 +114,9 @@ def collect(folder):
         run, seed = name_and_seed(log.parent, folder)
         if not finished(rows):
             continue
+        evaluated = {row["step"] for row in rows if row["kind"] == "eval"}
         for row in rows:
-            if is_kept(run, row, spec.get("every", 1)):
+            if is_kept(run, row, spec.get("every", 1), evaluated):
                 keys = [key for key in KEEP.get(row["kind"], row) if row[key] is not None]
                 kept = {key: slim(row[key]) for key in keys}
                 table.append({"run": run, "seed": seed, "kind": row["kind"], **kept})
@@ -194,6 +195,10 @@ class Study:
         seeds = self.seeds(name) if seed is None else [seed]
         return [row for own in seeds for row in self.runs[name, own] if row["kind"] == kind]
 
+    def has(self, name, seed, split):
+        """Was a split evaluated?"""
+        return all(self.evaluations(name, seed, part) for part in self.pooled.get(split, [split]))
+
     def evaluations(self, name, seed, split):
         return [row for row in self.of(name, "eval", seed) if row["split"] == split]
 
@@ -211,13 +216,16 @@ class Study:
             parts = self.pooled[split]
             return statistics.mean(self.at_step(name, seed, part, step) for part in parts)
         rows = self.evaluations(name, seed, split)
-        before, after = next(pair for pair in zip(rows, rows[1:]) if step <= pair[1]["step"])
+        pairs = [pair for pair in zip(rows, rows[1:]) if step <= pair[1]["step"]]
+        if not pairs:
+            raise ValueError(f"{self.full(name)}, seed {seed}: has no evaluations of {split} around step {step:.0f}")
+        before, after = pairs[0]
         low, high = 100 * before["success"], 100 * after["success"]
         share = (step - before["step"]) / (after["step"] - before["step"])
         return low + (high - low) * share
 
     def ends(self, name, split, measure=None):
-        return [self.at_end(name, seed, split, measure) for seed in self.seeds(name)]
+        return [self.at_end(name, seed, split, measure) for seed in self.seeds(name) if self.has(name, seed, split)]
 
 
 def study_of(name, group=""):

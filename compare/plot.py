@@ -133,7 +133,7 @@ def curves(study, width=5):
 def figures(study):
     """{name: figure} of every figure that its runs allow."""
     drawn = {"curves": curves(study)}
-    if "unseen" in study.pooled and study.base:
+    if "unseen" in study.pooled and study.base and {"ood", "ood_rule"} & set(study.splits):
         drawn["pareto"] = pareto(study)
     return drawn
 

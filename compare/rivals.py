@@ -339,7 +339,7 @@ class SRFT(OwnDemos):
 
 def looks(config, t):
     """How often AMFT still samples on val, from step t on."""
-    if not config.method.startswith("amft") or config.utility == "train" or config.eta_mu == 0:
+    if not config.method.startswith("amft") or config.utility == "train" or config.eta_mu == 0 or config.meta_every < 1:
         return 0
     first = max(t, config.warmup + 2)  # before it nothing has moved by mu yet
     return sum((later - config.warmup) % config.meta_every == 0

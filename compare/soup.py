@@ -9,6 +9,7 @@ is counted: the responses that it was made by, on top of RL's.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -18,7 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
+from compare import rivals  # noqa: E402
 from compare.logs import finished, read, write  # noqa: E402
+from compare.matrix import seeds_of  # noqa: E402
 from harness.evaluation import evaluation  # noqa: E402
 
 SHARES = (0.0, 0.5, 1.0)  # a, and b
@@ -26,9 +29,9 @@ GRID = [pair for pair in itertools.product(SHARES, SHARES) if pair != (0.0, 0.0)
 TEMPERATURE, SAMPLES = 0.3, 8  # of the responses that choose
 
 
-def load(name):
+def load(config, task, name):
     """(model, tokenizer) of the checkpoint of that name."""
-    return amft.load_policy(amft.Config(task="gp", model=name, device="cpu"), amft.TASKS["gp"](), amft)
+    return amft.load_policy(dataclasses.replace(config, model=name), task, amft)
 
 
 def merged(start, sft, rl, a, b):
@@ -47,11 +50,14 @@ def soup(sft, rl, out):
     settings, last = rows[0], rows[-1]
     if read(sft)[0]["model"] != settings["model"]:
         raise ValueError(f"{sft} and {rl} did not start from one policy")
-    config = amft.Config(task="gp", eval_n=settings["eval_n"], device="cpu")
-    model, tokenizer = load(settings["model"])
+    fields = {field.name: settings[field.name] for field in dataclasses.fields(amft.Config)}
+    config = amft.Config(**{**fields, "device": "cpu"})
+    task = amft.make_task(config, rivals.TASKS)
+    splits = settings["splits"].split(",") if settings["splits"] else task.splits
+    model, tokenizer = load(config, task, config.model)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    of_sft, of_rl = (load(str(folder / "final"))[0].state_dict() for folder in (sft, rl))
-    look = partial(amft.evaluate, model, tokenizer, amft.TASKS["gp"](), config)
+    of_sft, of_rl = (load(config, task, str(folder / "final"))[0].state_dict() for folder in (sft, rl))
+    look = partial(amft.evaluate, model, tokenizer, task, config)
     spent = last["rollouts"]
 
     def success(a, b):
@@ -64,7 +70,7 @@ def soup(sft, rl, out):
     model.load_state_dict(merged(start, of_sft, of_rl, a, b))
     steps, seconds = settings["steps"], read(sft)[-1]["seconds"] + last["seconds"]
     log = [dict(settings, method="soup"), dict(kind="step", step=steps, rollouts=spent)]  # it has no mu
-    for row in evaluation(look, settings["splits"].split(","), config.temperature, settings["eval_samples"]):
+    for row in evaluation(look, splits, config.temperature, settings["eval_samples"]):
         log.append(dict(kind="eval", step=steps, whole=True, **row))
     seconds += time.time() - began
     log.append(dict(kind="final", rollouts=spent, seconds=round(seconds, 1), a=a, b=b))
@@ -77,8 +83,10 @@ def pairs(folder, seeds=None):
     """(SFT's folder, RL's, soup's) of the merged runs in a study's spec, seed by seed, that are not done."""
     spec = json.loads((folder / "spec.json").read_text())
     merges = {name: own.split() for name, own in spec["runs"].items() if str(own).startswith("+")}
-    for seed in seeds or spec["seeds"]:
-        for name, parts in merges.items():
+    for name, parts in merges.items():
+        for seed in seeds_of(spec, name):
+            if seeds and seed not in seeds:
+                continue
             sft, rl = (folder / f"{part[1:]}-{seed}" for part in parts)
             out = folder / f"{name}-{seed}"
             if finished(read(sft)) and finished(read(rl)) and not finished(read(out)):

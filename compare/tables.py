@@ -16,7 +16,7 @@ from compare.logs import (  # noqa: E402
     RECORDED, Study, first, flags_of, quiet_pipe, recorded, study_of, trial_values)
 
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
-       10: 2.262}  # number of seeds: Student's t
+       10: 2.262, 11: 2.228, 12: 2.201, 13: 2.179, 14: 2.160, 15: 2.145}  # number of seeds: Student's t
 MEASURES = {
     "best": "Success at each policy's own best temperature, chosen on val",
     "success": "Success of sampled responses at the temperature of training",
@@ -33,14 +33,16 @@ MEASURES = {
 
 
 def mean_and_half(values):
-    """Mean over seeds and half-width of its 95% t-interval; no number where there is one seed."""
+    """Mean over seeds and half-width of its 95% t-interval; no number where there is one seed. Of more than 15, too wide."""
     mean, n = statistics.mean(values), len(values)
     if n == 1:
         return mean, math.nan
-    return mean, T95[n] * statistics.stdev(values) / math.sqrt(n)
+    return mean, T95[min(n, max(T95))] * statistics.stdev(values) / math.sqrt(n)
 
 
 def interval(values, form=".1f"):
+    if not values:
+        return "-"
     mean, half = mean_and_half(values)
     if math.isnan(half):
         return format(mean, form)
@@ -49,6 +51,8 @@ def interval(values, form=".1f"):
 
 def bold_interval(values):
     """Bold where the interval does not hold 0."""
+    if not values:
+        return "-"
     mean, half = mean_and_half(values)
     return f"**{interval(values)}**" if abs(mean) > half else interval(values)
 
@@ -59,7 +63,8 @@ def spread(values):
 
 def differences(study, name, against, split):
     """Paired differences from another run, over the seeds that both have."""
-    seeds = sorted(set(study.seeds(name)) & set(study.seeds(against)))
+    seeds = [seed for seed in sorted(set(study.seeds(name)) & set(study.seeds(against)))
+             if study.has(name, seed, split) and study.has(against, seed, split)]
     return [study.at_end(name, seed, split) - study.at_end(against, seed, split) for seed in seeds]
 
 
@@ -83,6 +88,8 @@ def markdown(header, lines):
 
 def base(study, split, measure="success"):
     """A measure of the base on a split, with the 95% interval over its problems if the log has it."""
+    if not set(study.pooled.get(split, [split])) <= study.base.keys():
+        return "-"
     if split in study.pooled:
         parts = [first(study.base[part][measure]) for part in study.pooled[split]]
         return f"{100 * statistics.mean(parts):.1f}"
@@ -244,6 +251,8 @@ def search(table, names):
             text = f"{named}: {value:.1f}"
             line.append(f"**{text}**" if flags == chosen else text)
         lines.append(line)
+    if not lines:
+        return []
     most = max(map(len, lines))
     padded = [line + [""] * (most - len(line)) for line in lines]
     return markdown(["method", *[""] * (most - 1)], padded)
@@ -272,6 +281,14 @@ def together(table):
 def own_flags(study, name):
     """As the spec has them; None of a run that it has no more."""
     return study.spec["runs"].get(study.full(name))
+
+
+def stated(table, run):
+    """The flags of a run, to be read."""
+    try:
+        return f"`{flags_of(table, run)}`"
+    except LookupError:
+        return "of an earlier spec" if run not in table[0]["runs"] else "its search is not done"
 
 
 def ablations(study, reference):
@@ -342,9 +359,9 @@ def plain_group(table, study):
             f"Commit {commits(study)}, torch {torch}; `python compare/rivals.py "
             f"{table[0]['common']}`, and:", ""]
     for name in study.names:
-        text.append(f"- {name}: `{flags_of(table, study.full(name))}`")
-    last = [study.evaluations(name, seed, split)[-1] for name, seed in study.runs
-            for split in study.splits if split not in study.pooled]
+        text.append(f"- {name}: {stated(table, study.full(name))}")
+    last = [rows[-1] for name, seed in study.runs
+            for split in study.splits if (rows := study.evaluations(name, seed, split))]
     for measure, title in MEASURES.items():
         if all(row[measure] is not None for row in last):
             text += ["", f"{title}:", *ends(study, methods, measure)]

@@ -645,6 +645,13 @@ def test_recorded_flags_still_mean_what_they_meant(study, monkeypatch, tmp_path)
         assert read == {key: row[key] for key in read}
 
 
+def test_looks_that_never_come_are_refused_in_a_line(tmp_path, capsys):
+    """A division by --meta-every 0 before it is checked."""
+    with pytest.raises(SystemExit) as stopped:
+        rivals.main(["--task", "gp", "--method", "amft", "--meta-every", "0", "--out", str(tmp_path / "run")])
+    assert stopped.value.code == 2 and "--meta-every 0" in capsys.readouterr().err
+
+
 def test_each_rival_is_short_and_says_where_it_is_from():
     """A rule that has grown into more than its paper's."""
     for cls in rivals.RIVALS.values():
@@ -757,22 +764,23 @@ def test_merging_is_linear_in_the_weights():
     assert len(soup.GRID) == 8 and (0.0, 0.0) not in soup.GRID
 
 
-def test_a_soup_of_one_policy_alone_is_that_policy(tmp_path, tiny, monkeypatch):
+@pytest.mark.parametrize("task, splits", [("gp", ["--splits", "val,id"]), ("math", [])])
+def test_a_soup_of_one_policy_alone_is_that_policy(tmp_path, tiny, monkeypatch, task, splits):
     """Weights of the other run, an evaluation that is not a run's, responses that are not counted."""
     for method, more in (("sft", []), ("rl", ["--prompts", "2"])):
-        rivals.main(["--task", "gp", "--model", str(tiny), "--method", method, "--steps", "2", "--eval-n", "5",
-                     "--eval-samples", "2", "--splits", "val,id", "--lr", "0.05", *more,
+        rivals.main(["--task", task, "--model", str(tiny), "--method", method, "--steps", "2", "--eval-n", "5",
+                     "--eval-samples", "2", *splits, "--lr", "0.05", *more,
                      "--out", str(tmp_path / f"{method}-3")])
         (tmp_path / f"{method}-3.txt").write_text("what it printed")  # as matrix.py leaves it
-    (tmp_path / "spec.json").write_text(json.dumps(dict(seeds=[3, 4], runs=dict(soup="+sft +rl", sft="", rl=""))))
+    (tmp_path / "spec.json").write_text(json.dumps(dict(seeds=[4], more={"s*": [3]}, runs=dict(soup="+sft +rl", sft="", rl=""))))
     monkeypatch.setattr(soup, "choose", lambda success: success(0.5, 0.5) or (1.0, 0.0))
     (sft, rl, out), = soup.pairs(tmp_path)
     soup.soup(sft, rl, out)
     rows, of_sft, of_rl = map(logs.read, (out, sft, rl))
     last = [row for row in of_sft if row["kind"] == "eval" and row["step"] == 2]
     own = [row for row in rows if row["kind"] == "eval"]
-    assert [row["split"] for row in own] == ["val", "id"]
-    for row, same in zip(own, last):
+    assert [row["split"] for row in own] == (["val", "id"] if splits else list(tasks.TASKS[task].splits))
+    for row, same in zip(own, last, strict=True):
         assert (row["success"], row["hits"], row["outcomes"]) == (same["success"], same["hits"], same["outcomes"])
     assert rows[-1]["rollouts"] == of_rl[-1]["rollouts"] + 5 * soup.SAMPLES
     assert not list(soup.pairs(tmp_path))  # it is done

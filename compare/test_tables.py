@@ -232,7 +232,7 @@ def test_every_nth_step_is_kept_and_all_meta_gradients(tmp_path):
     steps[6]["meta_own"] = 0.1
     rows[2:4] = steps
     table = logs.collect(study(tmp_path, dict(runs={"a": ""}, every=5), {"a-0": rows}))
-    assert [row["step"] for row in table if row["kind"] == "step"] == [5, 7, 10]
+    assert [row["step"] for row in table if row["kind"] == "step"] == [2, 5, 7, 10]  # after 2 there is an evaluation
     assert tables.deeds(logs.Study(table))  # what has no last ten steps has its last ten rows
 
 
@@ -269,6 +269,30 @@ def test_a_study_at_the_best_temperature(tmp_path):
     table = text[text.index("own best temperature"):]
     assert "| rl | 2 | 75.0 ± 63.5 |" in table and "| rl | 15.0 ± 63.5 |" in text
     assert "**--lr 2: 30.0**" in text and "- amft: `--lr 2`" in text
+
+
+def test_a_study_with_holes_has_its_tables(tmp_path):
+    """A traceback, and no table at all, for one run that is gone from the spec, has other seeds, fewer splits or no search yet."""
+    runs = {"amft": "--lr 1", "rl": ["--lr 2", "--lr 3"], "few": "--lr 4", "late": "--lr 5"}
+    spec = dict(runs=runs, search=dict(seed=9), seeds=[0], reach=[0.6], every=10)
+    made = {f"amft-{seed}": ended(0.5 + seed / 100) for seed in range(12)}
+    made["amft-0"].insert(-1, evaluation(2, split="id", success=0.9, any=0.9, greedy=0.9))
+    toy = study(tmp_path, spec, {**made, "gone-0": ended(0.7), "rl-0": ended(0.7), "late-40": ended(0.7),
+                                 "search/rl.0-9": ended(0.4)})
+    text = "\n".join(lines_of(toy))
+    values = list(range(50, 62))
+    half = 2.201 * statistics.stdev(values) / math.sqrt(12)  # t of 11 degrees
+    for part in ("- gone: of an earlier spec", "- rl: its search is not done", "- late: `--lr 5`",
+                 f"| amft | 12 | 55.5 ± {half:.1f} | 90.0 |", "| gone | 1 | 70.0 | - |", "| late | - | - |",
+                 "| gone | 2 (1 of 1) | 16 |"):
+        assert part in text, part
+    with pytest.raises(ValueError, match="late, seed 40: has no evaluations of val around step 3"):
+        logs.Study(logs.collect(toy)).at_step("late", 40, "val", 3)
+
+
+def test_no_front_is_drawn_of_a_split_that_is_not_there(tmp_path):
+    toy = study(tmp_path, dict(runs={"amft": ""}, pooled=dict(unseen=["val"])), {"amft-0": ended(0.5)})
+    assert list(plot.figures(logs.Study(logs.collect(toy)))) == ["curves"]
 
 
 def test_a_table_of_all_groups(tmp_path):

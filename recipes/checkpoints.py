@@ -213,6 +213,15 @@ def check_texts(core: Any, model: Any, tokenizer: Any, task: Any, max_new_tokens
         raise ValueError(
             f"--max-new-tokens is {max_new_tokens}, {len(long)} of {len(examples)} demonstrations "
             f"are longer{first}; the longest has {longest} tokens")
+    widest = max(examples, key=characters)
+    length = core.encode_demos(model, tokenizer, [widest]).input_ids.shape[1]
+    if length > room and not widest.exam:
+        raise ValueError(f"a demonstration of {widest.source or 'the task'} has {length} tokens with all that it answers; "
+                         f"the model has room for {room}")
+
+def characters(episode: Any) -> int:
+    """Of an episode's demonstration, with what is shown."""
+    return sum(len(turn.shown) + len(turn.response) for turn in episode.demonstration())
 
 def check_alphabet(tokenizer: Any, episode: Any) -> None:
     """ValueError where a text does not come back from its tokens."""

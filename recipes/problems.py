@@ -76,6 +76,8 @@ class OwnProblems(Mathematics):
                 "heldout": "of the file, never trained on"}
         if data_test:
             read = read_problems(data_test)
+            if not read:
+                raise ValueError(f"{data_test}: holds no problem")
             self.problems["test"] = [replace(problem, exam=True) for problem in read]
             self.splits = {**self.splits, "test": "of a file of its own"}
         if data:

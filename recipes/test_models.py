@@ -737,3 +737,19 @@ def test_the_first_ratio_is_1_whatever_is_rounded(checkpoint, rewarded, monkeypa
             patch.setattr(torch.Tensor, "exp", lambda x: ratios.append(exp(x)) or ratios[-1])
             amft.rl_gradient(model, rollouts.batch, advantages, config)
     assert ratios and all((ratio == 1).all() for ratio in ratios)
+
+
+def test_a_conversation_that_has_no_room_is_refused_before_the_run(checkpoint, monkeypatch):
+    """A demonstration of many turns, each short enough, that ends beyond the model's positions in the middle of a run."""
+    folder = checkpoint("plain")
+    task = amft.TASKS["virl"]()
+    config = amft.Config(task="virl", model=str(folder), device="cpu", max_new_tokens=400)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    longest = amft.encode_demos(model, tokenizer, task.training(100, random.Random(0))).input_ids.shape[1]
+    assert longest > 2 * 400
+    monkeypatch.setattr(checkpoints, "max_length", lambda model: longest - 200)
+    with pytest.raises(ValueError, match="a demonstration of the task has .* the model has room for"):
+        checkpoints.check_texts(amft, model, tokenizer, task, config.max_new_tokens)
+    monkeypatch.setattr(checkpoints, "max_length", lambda model: 2 * longest)
+    checkpoints.check_texts(amft, model, tokenizer, task, config.max_new_tokens)

@@ -297,6 +297,8 @@ def test_a_bad_file_is_named(content, says, tmp_path, capsys):
     if content is not None:
         file.write_bytes(content)
     assert f"{file}: {says}" in fails(capsys, "--data", file, "--out", tmp_path / "run")
+    if content == b"":
+        assert f"{file}: holds no problem" in fails(capsys, "--data-test", file, "--out", tmp_path / "run")
 
 
 def test_every_length_is_checked(checkpoint, tmp_path, capsys):
