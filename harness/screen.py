@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import statistics
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ class Screen:
             self.print(f"set by the task or by you: {', '.join(changed)}")
 
     def print(self, text: str) -> None:
-        tqdm.write(text)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # of a terminal that may lack what a policy says
+        tqdm.write(text.encode(encoding, "replace").decode(encoding))
 
     def show(self, row: dict) -> None:
         if row["kind"] == "eval":

@@ -7,6 +7,7 @@
 import dataclasses
 import errno
 import fcntl
+import io
 import itertools
 import json
 import math
@@ -979,3 +980,14 @@ def test_a_conversation_is_printed_with_what_its_last_response_answered(tmp_path
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) == 6 and lines[2].endswith("correct")
     assert lines[0].endswith(shown.split()[-1]) and lines[4].endswith("no")
+
+
+def test_what_a_terminal_cannot_print_ends_no_run(tmp_path, monkeypatch):
+    """A run that dies of an arrow in a response, at the same step again after --resume."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    deal = amft.TASKS["gp"]().sample("train", random.Random(0))
+    deal.step("4 \u2192 24 \ud83d")
+    Screen(tmp_path, amft.Config(task="gp"), 10 ** 6).samples([deal])
+    out.flush()
+    assert b"4 ? 24 ?" in out.buffer.getvalue()
