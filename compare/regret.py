@@ -31,6 +31,9 @@ METHODS = {"rl": "RL", "fixed-0.1": "mu = 0.1", "fixed-0.5": "mu = 0.5", "fixed-
            "amft-cold": "AMFT told success at 0.3",
            "amft-sum": "AMFT, evidence added up", "amft-paper": "AMFT, Eq. 6 as printed", "amft": "AMFT"}
 CONSTANTS = ["rl", "fixed-0.1", "fixed-0.5", "fixed-0.9", "sft"]  # of mu: 0 and 1 are RL and SFT, at rates of their own
+# No run of its own: the held mu that race.py's heats would choose, run in full, a third more steps than the others in all.
+CHOSEN = {"choice": "what a race chooses, run in full"}
+RACERS = ["fixed-0.1", "fixed-0.5", "fixed-0.9"]
 MU = {"fixed-0.1": 0.1, "fixed-0.3": 0.3, "fixed-0.5": 0.5, "fixed-0.7": 0.7, "fixed-0.9": 0.9}
 
 
@@ -42,7 +45,23 @@ def outcomes(table, settings=tuple(SETTINGS)):
         found[setting] = {name: study.ends(name, "primary") for name in study.names}
         if setting in RL_OF:
             found[setting]["rl"] = Study(table, RL_OF[setting]).ends("rl", "primary")
+        if choice := chosen(study):
+            found[setting]["choice"] = choice
     return found
+
+
+def chosen(study):
+    """Outcome of each seed: of the held mu whose samples were right most often in steps 31 to 50; of equals the lowest."""
+    def heat(name, seed):
+        return statistics.mean(row["success"] for row in study.of(name, "step", seed) if 30 < row["step"] <= 50)
+    seeds = [seed for seed in study.seeds("fixed-0.5") if all((name, seed) in study.runs for name in RACERS)]
+    best = [max(RACERS, key=lambda name: heat(name, seed)) for seed in seeds]
+    return [study.at_end(name, seed, "primary") for name, seed in zip(best, seeds)]
+
+
+def runs_of(own):
+    """`own` without what is chosen among its runs."""
+    return {name: values for name, values in own.items() if name not in CHOSEN}
 
 
 def averages(found):
@@ -53,23 +72,24 @@ def averages(found):
 
 def everywhere(found):
     """The methods that ran in every setting. ValueError where AMFT or a constant did not."""
-    missing = [f"{setting}/{name}" for setting, own in found.items() for name in METHODS if name not in own]
+    names = [*METHODS, *CHOSEN]
+    missing = [f"{setting}/{name}" for setting, own in found.items() for name in names if name not in own]
     needed = [name for name in missing if name.rpartition("/")[2] in ("amft", *CONSTANTS)]
     if needed:
         raise ValueError(f"there are no runs of {', '.join(needed)}")
-    return [name for name in METHODS if not any(one.endswith(f"/{name}") for one in missing)]
+    return [name for name in names if not any(one.endswith(f"/{name}") for one in missing)]
 
 
 def regrets(means, names, found):
     """{method: its regret in each setting} of {setting: {run: outcome}}; the best there has two seeds at least in `found`."""
-    best = {setting: max(own[run] for run, values in found[setting].items() if len(values) > 1)
+    best = {setting: max(own[run] for run, values in runs_of(found[setting]).items() if len(values) > 1)
             for setting, own in means.items()}
     return {name: [best[setting] - own[name] for setting, own in means.items()] for name in names}
 
 
 def deviation(setting, own):
     """Standard deviation over seeds, one for all runs of a setting, but for those where every seed has 0."""
-    cells = [values for name, values in own.items()
+    cells = [values for name, values in runs_of(own).items()
              if len(values) > 1 and any(values) and (name != "rl" or setting not in RL_OF)]
     freedom = sum(len(values) - 1 for values in cells)
     if not freedom:
@@ -114,7 +134,7 @@ def section(table, settings=SETTINGS, title="Regret", draws=2000):
     seen = regrets(means, names, found)
     lines = []
     for name in seen:
-        cells = [METHODS[name], *(f"{own[name]:.1f}" for own in means.values())]
+        cells = [(METHODS | CHOSEN)[name], *(f"{own[name]:.1f}" for own in means.values())]
         for summary in (statistics.mean, max):
             cells.append(f"{summary(seen[name]):.1f} {middle([summary(one[name]) for one in open_ones])}")
         lines.append(cells)
@@ -128,7 +148,7 @@ def section(table, settings=SETTINGS, title="Regret", draws=2000):
     share = 100 * statistics.mean(earns_its_place(one) for one in open_ones)
     spreads = ", ".join(f"{deviation(setting, own):.1f}" for setting, own in found.items())
     counts = ", ".join(str(max(len(values) for values in own.values())) for own in found.values())
-    best = ", ".join(max((name for name in own if len(found[setting][name]) > 1), key=own.get)
+    best = ", ".join(max((name for name, values in runs_of(found[setting]).items() if len(values) > 1), key=own.get)
                      for setting, own in means.items())
     header = ["success, %", *settings.values(), "mean regret", "worst regret"]
     return [
@@ -153,7 +173,7 @@ def both(table):
         regret = regrets(means, names, found)
         columns.append([*means.values(), *({name: summary(regret[name]) for name in names}
                                            for summary in (statistics.mean, max))])
-    lines = [[METHODS[name], *(f"{one[name]:.1f} / {other[name]:.1f}" for one, other in zip(*columns))] for name in names]
+    lines = [[(METHODS | CHOSEN)[name], *(f"{one[name]:.1f} / {other[name]:.1f}" for one, other in zip(*columns))] for name in names]
     return markdown(["%, rectified / plain", *SETTINGS.values(), "mean regret", "worst regret"], lines)[1:]
 
 

@@ -619,6 +619,7 @@ def settings_of(outcome, seeds=(1, 2), settings=tuple(regret.SETTINGS)):
                 value = outcome(setting, name, seed) / 100
                 rows += [dict(run=run, seed=seed, kind="eval", split=split, step=9, best=[value, 0, 1])
                          for split in ("id", "heldout")]
+                rows.append(dict(run=run, seed=seed, kind="step", step=40, success=value, mu=0.5))
     return [dict(runs={}, measure="best", pooled=dict(primary=["id", "heldout"])), *rows]
 
 
@@ -627,6 +628,23 @@ def test_regret_by_hand():
     means = {"a": dict(x=10.0, y=12.0, z=3.0, once=99.0), "b": dict(x=8.0, y=1.0, z=9.0, once=99.0)}
     found = {setting: dict(x=[0, 0], y=[0, 0], z=[0, 0, 0], once=[0]) for setting in means}
     assert regret.regrets(means, ["x", "z"], found) == dict(x=[2.0, 1.0], z=[9.0, 0.0])
+
+
+def test_what_a_race_would_choose():
+    """A choice by success at the end, by steps outside of the heats' last twenty, of another seed, or counted as a run."""
+    table = settings_of(lambda setting, name, seed: {"fixed-0.1": 30, "fixed-0.5": 20, "fixed-0.9": 10}.get(name, 5) + seed)
+    for row in table[1:]:
+        if row["kind"] == "step":  # seed 1: 0.9 leads in its heat, seed 2: 0.5 does, and 0.1 only before and after
+            row["success"] = {("fixed-0.9", 1): 0.9, ("fixed-0.5", 2): 0.9}.get((row["run"].rpartition("/")[2], row["seed"]), 0.2)
+    table += [dict(run="fixed-0.1", seed=seed, kind="step", step=step, success=1.0) for seed in (1, 2) for step in (30, 51)]
+    found = regret.outcomes(table)
+    assert found[""]["choice"] == found["weak"]["choice"] == [11.0, 22.0]
+    assert "choice" not in regret.runs_of(found[""]) and "choice" in regret.everywhere(found)
+    best = regret.regrets(regret.averages(found), ["choice", "fixed-0.1"], {
+        setting: dict(own, choice=[99.0, 99.0]) for setting, own in found.items()})
+    assert best == {"choice": [15.0] * 4, "fixed-0.1": [0.0] * 4}
+    without = [row for row in table if (row.get("run"), row.get("seed")) != ("half/fixed-0.9", 1)]
+    assert regret.outcomes(without)["half"]["choice"] == [22.0]
 
 
 def test_a_settings_deviation_weighs_each_run_by_its_freedom():
