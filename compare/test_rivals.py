@@ -795,7 +795,7 @@ def test_a_soup_is_chosen_by_success_on_val():
 # --- The race -------------------------------------------------------------------------------------
 
 
-def steps_of(rows):
+def trained(rows):
     """What training did, without the clock and the count of responses."""
     return [{key: value for key, value in row.items() if key not in ("seconds", "rollouts")}
             for row in rows if row["kind"] == "step"]
@@ -813,8 +813,8 @@ def test_a_race_is_three_runs_of_which_one_is_finished(tiny, tmp_path, unevaluat
     for mu in race.MUS:
         rivals.main([*words, "--method", "fixed", "--mu", str(mu), "--out", str(tmp_path / str(mu))])
     winner, loser = (logs.read(tmp_path / str(mu)) for mu in race.MUS)
-    assert steps_of(logs.read(out)) == steps_of(winner) and len(steps_of(winner)) == 4
-    assert steps_of(logs.read(out / "heats" / "mu-0.5")) == steps_of(loser)[:2]
+    assert trained(logs.read(out)) == trained(winner) and len(trained(winner)) == 4
+    assert trained(logs.read(out / "heats" / "mu-0.5")) == trained(loser)[:2]
     assert torch.load(out / "heats" / "mu-0.5" / "state.pt")["own"]["t"] == 2
     first, *_, last = logs.read(out)
     assert (first["method"], last["rollouts"], last["heats"]) == ("race", 4 * 4, [0, 0])  # of three and one steps that sample
@@ -825,8 +825,8 @@ def test_a_race_is_three_runs_of_which_one_is_finished(tiny, tmp_path, unevaluat
         race.main([*words, "--heat", "1", "--out", str(tmp_path / "short")])
     assert "must be longer than the warm-up" in capsys.readouterr().err
     race.main([*words, "--heat", "2", "--out", str(tmp_path / "short")])  # one heat stands in its midst
-    assert steps_of(logs.read(tmp_path / "short")) == steps_of(winner)
-    assert len(steps_of(logs.read(tmp_path / "short" / "heats" / "mu-0.5"))) == 2
+    assert trained(logs.read(tmp_path / "short")) == trained(winner)
+    assert len(trained(logs.read(tmp_path / "short" / "heats" / "mu-0.5"))) == 2
 
 
 def test_a_race_goes_to_the_heat_that_is_right_most_often_in_its_last_steps(tmp_path, monkeypatch):
