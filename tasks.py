@@ -130,7 +130,7 @@ class Task:
         return [self.sample("train", rng) for _ in range(n)]
 
     def examples(self):
-        """What is checked before a run: so many that the longest of a run is hardly longer."""
+        """What is checked before a run: enough that what the run draws is hardly longer."""
         return [self.sample("train", random.Random(i)) for i in range(100)]
 
     def granted(self, episode):

@@ -54,7 +54,7 @@ def replayed(runs, seed, steps):
         raise ValueError("--method amft-replay: needs --replay RUNS, as in runs/compare/worn/amft of amft-20, amft-21")
     runs = Path(runs)
     found = [(*name_and_seed(log.parent, runs.parent), log.parent)
-             for log in runs.parent.glob(f"{runs.name}-*[0-9]/metrics.jsonl")]
+             for log in runs.parent.glob(f"{runs.name}-*/metrics.jsonl") if log.parent.name.rpartition("-")[2].isdecimal()]
     others = {own: folder for name, own, folder in found if name == runs.name and own != seed}
     if not others:
         raise ValueError(f"--replay {runs}: there is no run {runs.name}-SEED of another seed than {seed}")

@@ -108,8 +108,9 @@ def collect(folder):
     folder = Path(folder)
     spec = json.loads((folder / "spec.json").read_text())
     table = [{"kind": "spec", **spec}]
-    logs = [log for log in folder.rglob("metrics.jsonl") if "heats" not in log.parts]  # a race's own log holds them
-    for log in sorted(logs):
+    for log in sorted(folder.rglob("metrics.jsonl")):
+        if "heats" in log.relative_to(folder).parts:  # of a race, whose own log holds the winner's
+            continue
         rows = read(log.parent)
         run, seed = name_and_seed(log.parent, folder)
         if not finished(rows):

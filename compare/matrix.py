@@ -20,9 +20,10 @@ val or on the mean of the search's "splits", the first of equals, runs with ever
 flag that a method does not use, so "common" holds what all use. A name has no spaces; its part before a
 slash is its group, with tables of its own: gp/rl, virl/rl. "+sft +rl" stands for what soup.py merges of
 those two; flags with --heat are race.py's. "more" gives runs seeds of their own ({"amft": [0, 1, 2],
-"*/few": [0]}: the first pattern that fits). For tables.py: "reference" (the run that others are compared with; amft), "pooled" ({"ood":
-["ood_rule", "ood_small"]}: means of splits), "reach" ([0.5]: rates on val to be reached), "clock" and
-"costs" ("rl", {"rl": 0.7, "amft": 1.0}: seconds a step, for a table at equal seconds).
+"*/few": [0]}: the first pattern that fits). For tables.py: "reference" (the run that others are compared
+with; amft), "pooled" ({"ood": ["ood_rule", "ood_small"]}: means of splits), "reach" ([0.5]: rates on val
+to be reached), "clock" and "costs" ("rl", {"rl": 0.7, "amft": 1.0}: seconds a step, for a table at equal
+seconds).
 
 Each run is `python compare/rivals.py` with the common flags, its own, --seed and --out, in a process and
 with a thread of its own; what it prints goes to NAME-SEED.txt beside its folder. Finished runs are
@@ -51,6 +52,7 @@ RACE = [sys.executable, "compare/race.py"]
 
 
 def program(flags):
+    """What runs them."""
     return RACE if "--heat" in flags else PROGRAM
 
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import amft  # noqa: E402
 from compare import rivals  # noqa: E402
 from compare.logs import finished, read, write  # noqa: E402
+from harness.arguments import parse  # noqa: E402
 
 MUS = (0.1, 0.5, 0.9)
 JUDGED = 20  # the last steps of a heat, whose samples are its result
@@ -45,20 +46,18 @@ def go(words, run_class):
 
 
 def result(folder, steps):
-    """Share of right samples in the last JUDGED of a heat's steps; None where they are not all done.
-
-    ValueError where none of them samples."""
+    """Share of right samples in the last JUDGED of a heat's steps that sample; None where its steps are not all done."""
     done = [row["success"] for row in read(folder) if row["kind"] == "step"][:steps]
-    if len(done) < steps:
-        return None
-    sampled = [share for share in done if share is not None]
-    if not sampled:
-        raise ValueError(f"--heat {steps}: must be longer than the warm-up, which samples nothing")
-    return statistics.mean(sampled[-JUDGED:])
+    sampled = [share for share in done if share is not None]  # a warm-up does not
+    return statistics.mean(sampled[-JUDGED:]) if len(done) == steps else None
 
 
 def race(words, out, heat):
-    """The winner's log is in `out` then."""
+    """The winner's log is in `out` then. ValueError where a heat samples nothing, or leaves nothing to go on with."""
+    config = parse([*words, "--method", "fixed", "--out", str(out / "new")], rivals.Config, rivals.TASKS, rivals.METHOD_FLAGS).config
+    if not config.warmup < heat < config.steps:
+        raise ValueError(f"--heat {heat}: must be more than the {config.warmup} steps of the warm-up, "
+                         f"and less than --steps, {config.steps}")
     results = {}
     for mu in MUS:
         folder = out / "heats" / f"mu-{mu}"
@@ -96,8 +95,6 @@ def main(argv=None):
     named = {word.split("=")[0] for word in words} & {"--method", "--mu", "--resume", "--eval-only"}
     if named:
         parser.error(f"{', '.join(sorted(named))}: a race sets it itself")
-    if own.heat < 1:
-        parser.error(f"--heat {own.heat}: must be at least 1")
     try:
         race(words, own.out, own.heat)
     except ValueError as error:

@@ -34,6 +34,7 @@ CONSTANTS = ["rl", "fixed-0.1", "fixed-0.5", "fixed-0.9", "sft"]  # of mu: 0 and
 # No run of its own: the held mu that race.py's heats would choose, run in full, a third more steps than the others in all.
 CHOSEN = {"choice": "what a race chooses, run in full"}
 RACERS = ["fixed-0.1", "fixed-0.5", "fixed-0.9"]
+ROWS = METHODS | CHOSEN
 MU = {"fixed-0.1": 0.1, "fixed-0.3": 0.3, "fixed-0.5": 0.5, "fixed-0.7": 0.7, "fixed-0.9": 0.9}
 
 
@@ -72,12 +73,11 @@ def averages(found):
 
 def everywhere(found):
     """The methods that ran in every setting. ValueError where AMFT or a constant did not."""
-    names = [*METHODS, *CHOSEN]
-    missing = [f"{setting}/{name}" for setting, own in found.items() for name in names if name not in own]
+    missing = [f"{setting}/{name}" for setting, own in found.items() for name in ROWS if name not in own]
     needed = [name for name in missing if name.rpartition("/")[2] in ("amft", *CONSTANTS)]
     if needed:
         raise ValueError(f"there are no runs of {', '.join(needed)}")
-    return [name for name in names if not any(one.endswith(f"/{name}") for one in missing)]
+    return [name for name in ROWS if not any(one.endswith(f"/{name}") for one in missing)]
 
 
 def regrets(means, names, found):
@@ -134,7 +134,7 @@ def section(table, settings=SETTINGS, title="Regret", draws=2000):
     seen = regrets(means, names, found)
     lines = []
     for name in seen:
-        cells = [(METHODS | CHOSEN)[name], *(f"{own[name]:.1f}" for own in means.values())]
+        cells = [ROWS[name], *(f"{own[name]:.1f}" for own in means.values())]
         for summary in (statistics.mean, max):
             cells.append(f"{summary(seen[name]):.1f} {middle([summary(one[name]) for one in open_ones])}")
         lines.append(cells)
@@ -173,7 +173,7 @@ def both(table):
         regret = regrets(means, names, found)
         columns.append([*means.values(), *({name: summary(regret[name]) for name in names}
                                            for summary in (statistics.mean, max))])
-    lines = [[(METHODS | CHOSEN)[name], *(f"{one[name]:.1f} / {other[name]:.1f}" for one, other in zip(*columns))] for name in names]
+    lines = [[ROWS[name], *(f"{one[name]:.1f} / {other[name]:.1f}" for one, other in zip(*columns))] for name in names]
     return markdown(["%, rectified / plain", *SETTINGS.values(), "mean regret", "worst regret"], lines)[1:]
 
 

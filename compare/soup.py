@@ -84,9 +84,7 @@ def pairs(folder, seeds=None):
     spec = json.loads((folder / "spec.json").read_text())
     merges = {name: own.split() for name, own in spec["runs"].items() if str(own).startswith("+")}
     for name, parts in merges.items():
-        for seed in seeds_of(spec, name):
-            if seeds and seed not in seeds:
-                continue
+        for seed in seeds or seeds_of(spec, name):
             sft, rl = (folder / f"{part[1:]}-{seed}" for part in parts)
             out = folder / f"{name}-{seed}"
             if finished(read(sft)) and finished(read(rl)) and not finished(read(out)):

@@ -286,7 +286,8 @@ def own_flags(study, name):
 def stated(table, run):
     """The flags of a run, to be read."""
     try:
-        return f"`{flags_of(table, run)}`"
+        flags = flags_of(table, run)
+        return f"`{flags}`" + ", of race.py" * ("--heat" in flags)
     except LookupError:
         return "of an earlier spec" if run not in table[0]["runs"] else "its search is not done"
 

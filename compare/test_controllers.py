@@ -134,6 +134,7 @@ def test_a_replay_takes_mu_from_the_next_seeds_run(tmp_path):
 def test_a_replay_of_nothing_or_of_a_shorter_run_is_one_line(tmp_path, capsys, flags, what):
     """A run that replays itself, fails at the first step that the log has not, or leaves a folder behind."""
     write_path(tmp_path / "amft-1", [0.1, 0.2])
+    write_path(tmp_path / "amft-v2", [0.3, 0.3, 0.3])  # no seed
     with pytest.raises(SystemExit) as stopped:
         rivals.main(f"--task gp --smoke --method amft-replay {flags.format(tmp_path)} --device cpu "
                     f"--out {tmp_path / 'run'}".split())

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import amft  # noqa: E402
 import harness.run  # noqa: E402
 import tasks  # noqa: E402
-from compare import controllers, experts, logs, race, rivals, snr, soup  # noqa: E402
+from compare import controllers, experts, logs, race, regret, rivals, snr, soup  # noqa: E402
 from harness.arguments import parse  # noqa: E402
 
 # torch's own, where it first loads what torch.func.jvp needs
@@ -801,7 +801,7 @@ def trained(rows):
             for row in rows if row["kind"] == "step"]
 
 
-def test_a_race_is_three_runs_of_which_one_is_finished(tiny, tmp_path, unevaluated, monkeypatch, capsys):
+def test_a_race_is_three_runs_of_which_one_is_finished(tiny, tmp_path, unevaluated, monkeypatch):
     """Heats that differ from the runs whose first steps they are, a winner that starts again, a race that cannot go on."""
     words = f"--task gp --model {tiny} --steps 4 --samples 2 --prompts 2 --max-new-tokens 32 --sft-batch 2 --warmup 1 --device cpu".split()
     started, go = [], race.go
@@ -821,10 +821,11 @@ def test_a_race_is_three_runs_of_which_one_is_finished(tiny, tmp_path, unevaluat
     del started[:]
     race.main([*words, "--heat", "2", "--out", str(out)])
     assert started == []
-    with pytest.raises(SystemExit):
-        race.main([*words, "--heat", "1", "--out", str(tmp_path / "short")])
-    assert "must be longer than the warm-up" in capsys.readouterr().err
+    first_heat = ["--resume", str(tmp_path / "short" / "heats" / "mu-0.1")]
+    new = [*words, "--method", "fixed", "--mu", "0.1", "--out", first_heat[1]]
+    go(new, type("Heat", (race.Heat,), dict(heat=1)))
     race.main([*words, "--heat", "2", "--out", str(tmp_path / "short")])  # one heat stands in its midst
+    assert started[0] == first_heat
     assert trained(logs.read(tmp_path / "short")) == trained(winner)
     assert len(trained(logs.read(tmp_path / "short" / "heats" / "mu-0.5"))) == 2
 
@@ -843,7 +844,14 @@ def test_a_race_goes_to_the_heat_that_is_right_most_often_in_its_last_steps(tmp_
     assert gone == [(str(tmp_path / "heats" / "mu-0.5"), rivals.Run)]
 
 
-@pytest.mark.parametrize("flags", ["--mu 0.3", "--method=amft", "--heat 0", "--resume runs/race"])
+def test_the_table_chooses_as_a_race_does():
+    """Other mus or other steps in regret.py than in race.py."""
+    assert regret.RACERS == [f"fixed-{mu}" for mu in race.MUS]
+    assert race.JUDGED == 50 - 30 and "default: 50" in inspect.getsource(race.main)
+
+
+@pytest.mark.parametrize("flags", ["--mu 0.3", "--method=amft", "--heat 0", "--heat 3 --warmup 3", "--heat 6 --steps 6",
+                                   "--resume runs/race"])
 def test_a_race_refuses_what_it_sets_itself(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         race.main([*flags.split(), "--out", str(tmp_path / "race")])
