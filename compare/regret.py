@@ -177,25 +177,36 @@ def both(table):
     return markdown(["%, rectified / plain", *SETTINGS.values(), "mean regret", "worst regret"], lines)[1:]
 
 
-def losses(table):
-    """Lines: the table of bad demonstrations by their loss, with the seeds' outcomes in brackets."""
-    found, lines = outcomes(table, LOSSES), []
-    for name, title in METHODS.items():
+def seed_by_seed(table, settings, names=METHODS):
+    """Lines: a table of outcomes, each seed's in brackets."""
+    found, lines = outcomes(table, settings), []
+    for name in names:
         cells = []
         for own in found.values():
             each = ", ".join(f"{value:.1f}" for value in own.get(name, []))
             cells.append(f"{statistics.mean(own[name]):.1f} ({each})" if each else "-")
         if set(cells) != {"-"}:
-            lines.append([title, *cells])
+            lines.append([METHODS[name], *cells])
+    return markdown(["success, %", *settings.values()], lines)
+
+
+def losses(table):
+    """Lines: bad demonstrations by their loss."""
     return ["", "## Bad demonstrations and their loss", "",
             "The same outcome; each seed in brackets. All wrong: formulas that miss 24. Another form: right ones, written 24=... in "
             "place of ...=24, which counts as wrong. Plain: Eq. 2 as printed; rectified: times each token's own probability.",
-            *markdown(["success, %", *LOSSES.values()], lines)]
+            *seed_by_seed(table, LOSSES)]
+
+
+def deciding(table):
+    """Lines: the two rows that decide."""
+    return ["", "## AMFT and mu = 0.5, seed by seed", "", "With the rectified loss; from seed 20 on.",
+            *seed_by_seed(table, SETTINGS, ["fixed-0.5", "amft"])]
 
 
 def everything(table):
     """Lines of all tables."""
-    return section(table) + section(table, PLAIN, "Regret with the plain loss") + losses(table)
+    return section(table) + section(table, PLAIN, "Regret with the plain loss") + deciding(table) + losses(table)
 
 
 def draw(table, path):
