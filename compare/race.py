@@ -88,7 +88,8 @@ def joined(rows, losers, results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heat", type=int, default=50, help="steps of each of the three (default: 50)")
     parser.add_argument("--out", type=Path, default=Path("runs/race"), help="folder of the race (default: runs/race)")
     own, words = parser.parse_known_args(argv)
