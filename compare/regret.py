@@ -3,9 +3,10 @@
     python compare/regret.py    # the tables, and compare/recorded/regret.png, from recorded/worn.jsonl alone
 
 A method's regret in a setting is how far its outcome is below that of the best run there, in points. The question is
-asked twice: with rectified imitation, this project's default, and with the plain loss, the paper's Eq. 2. Outcome, settings
-and what AMFT must reach were written down before the runs: "settings" and "plain" in worn.json. One learning rate of each
-method for all settings, found where all demonstrations are right; every mixture has that of mu = 0.5.
+asked twice: with rectified imitation, this project's default, and with the plain loss, the paper's Eq. 2; and once more of
+both together, with a loss between them. Outcome, settings and what must be reached were written down before the runs:
+"settings", "plain" and "trsft" in worn.json. One learning rate of each method for all settings, found where all
+demonstrations are right; every mixture has that of mu = 0.5.
 """
 
 import math
@@ -20,6 +21,8 @@ from compare.tables import markdown  # noqa: E402
 
 SETTINGS = {"": "all right", "half": "half wrong", "wrong": "all wrong", "weak": "weak base"}
 PLAIN = {"right-nll": "all right", "half-nll": "half wrong", "wrong-nll": "all wrong", "weak-nll": "weak base"}
+BETWEEN = {"right-trsft": "all right", "half-trsft": "half wrong", "wrong-trsft": "all wrong", "weak-trsft": "weak base"}
+BY_LOSS = {"rectified": SETTINGS, "TrSFT": BETWEEN, "plain": PLAIN}  # a token's -log p times p, min(1, p / 0.1), 1
 TITLES = {"all right": "demonstrations right", "half wrong": "half of them wrong", "all wrong": "all of them wrong",
           "weak base": "weak base"}
 LOSSES = {"wrong": "all wrong, rectified", "slow-nll": "all wrong, plain", "form": "another form, rectified",
@@ -125,6 +128,18 @@ def earns_its_place(regret):
     return least and sum(regret["amft"]) <= min(sum(regret[name]) for name in CONSTANTS)
 
 
+def rows(seen, means, open_ones):
+    """Cells of each method: its success, its mean and its worst regret; of "NAME, LOSS", too."""
+    lines = []
+    for name in seen:
+        method, comma, loss = name.partition(", ")
+        cells = [ROWS[method] + comma + loss, *(f"{own[name]:.1f}" for own in means.values())]
+        for summary in (statistics.mean, max):
+            cells.append(f"{summary(seen[name]):.1f} {middle([summary(one[name]) for one in open_ones])}")
+        lines.append(cells)
+    return lines
+
+
 def section(table, settings=SETTINGS, title="Regret", draws=2000):
     """Lines: the table, and what it says of AMFT."""
     found = outcomes(table, settings)
@@ -132,12 +147,7 @@ def section(table, settings=SETTINGS, title="Regret", draws=2000):
     means = averages(found)
     open_ones = [regrets(one, names, found) for one in redrawn(found, draws)]
     seen = regrets(means, names, found)
-    lines = []
-    for name in seen:
-        cells = [ROWS[name], *(f"{own[name]:.1f}" for own in means.values())]
-        for summary in (statistics.mean, max):
-            cells.append(f"{summary(seen[name]):.1f} {middle([summary(one[name]) for one in open_ones])}")
-        lines.append(cells)
+    lines = rows(seen, means, open_ones)
     differences = []
     for summary, what in ((statistics.mean, "mean"), (max, "worst")):
         best = min(CONSTANTS, key=lambda name: summary(seen[name]))
@@ -161,6 +171,41 @@ def section(table, settings=SETTINGS, title="Regret", draws=2000):
         f"AMFT's {'; its '.join(differences)}. What was to be reached, a worst regret below every constant's and a mean "
         f"not above the best constant's, is {'' if earns_its_place(seen) else 'not '}reached by the means, and reached "
         f"in {share:.0f}% of the redrawings."]
+
+
+def pooled(table):
+    """{setting: {"rl" or "NAME, LOSS": outcome of each seed}}, the runs with any of the three losses."""
+    found = {setting: {} for setting in SETTINGS}
+    for loss, settings in BY_LOSS.items():
+        for own, (group, runs) in zip(found.values(), outcomes(table, settings).items()):
+            own.update({name if name == "rl" else f"{name}, {loss}": values for name, values in runs_of(runs).items()})
+    return found
+
+
+def any_loss(table, draws=2000):
+    """Lines: each constant's and AMFT's regret to the best run with any loss."""
+    found = pooled(table)
+    wanted = ["rl", *(f"{name}, {loss}" for name in [*CONSTANTS[1:], "sft-rl", "amft"] for loss in BY_LOSS)]
+    names = [name for name in wanted if all(name in own for own in found.values())]
+    if not any(name.endswith("TrSFT") for name in names):
+        return []
+    means = averages(found)
+    open_ones = [regrets(one, names, found) for one in redrawn(found, draws)]
+    seen = regrets(means, names, found)
+    share = 100 * statistics.mean(is_insurance(one) for one in open_ones)
+    return ["", "## Regret, whichever loss", "",
+            "To the setting's best run of two seeds or more with any of the losses. TrSFT: a token's -log p times min(1, p / 0.1), "
+            "between rectified (p) and plain (1), as all else at a learning rate of its own.",
+            *markdown(["success, %", *SETTINGS.values(), "mean regret", "worst regret"], rows(seen, means, open_ones)), "",
+            "That the worst regret of a constant with TrSFT is below that of every constant and of AMFT with another loss "
+            f"{'holds' if is_insurance(seen) else 'does not hold'} by the means, and holds in {share:.0f}% of the redrawings."]
+
+
+def is_insurance(regret):
+    """As worn.json says of TrSFT."""
+    worst = {name: max(values) for name, values in regret.items() if not name.startswith("sft-rl")}
+    between = [name for name in worst if name.endswith("TrSFT")]
+    return min(worst[name] for name in between) < min(worst[name] for name in worst if name not in between)
 
 
 def both(table):
@@ -206,7 +251,7 @@ def deciding(table):
 
 def everything(table):
     """Lines of all tables."""
-    return section(table) + section(table, PLAIN, "Regret with the plain loss") + deciding(table) + losses(table)
+    return section(table) + section(table, PLAIN, "Regret with the plain loss") + deciding(table) + any_loss(table) + losses(table)
 
 
 def draw(table, path):

@@ -727,6 +727,24 @@ def test_the_plain_loss_is_judged_by_its_own_runs():
     assert "| RL | 5.0 / 5.0 |" in "".join(rows) and "merged" not in "".join(rows)
 
 
+@pytest.mark.parametrize("wrong, verdict", [(24, "holds by the means"), (6, "does not hold by the means")])
+def test_regret_whichever_the_loss(wrong, verdict):
+    """One that is taken from the best of its own loss, a verdict of another loss's rows, runs that are not there."""
+    right = {"": 20, "wrong": 18, "right-nll": 28, "wrong-nll": 8, "right-trsft": 26, "wrong-trsft": wrong}
+    table = settings_of(lambda setting, name, seed: 4 if name == "rl" else right.get(setting, 25) - (name == "sft") + 0.1 * seed,
+                        settings=[*regret.SETTINGS, *regret.PLAIN, *regret.BETWEEN])
+    only = [row for row in table if "-trsft/" not in row.get("run", "") or "fixed-0.5" in row["run"]]
+    lines = regret.any_loss(only, draws=200)
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in lines if line.startswith("| ")}
+    best = max(wrong, 18)
+    assert [float(cell) for cell in cells["| mu = 0.5, plain"][1:5]] == pytest.approx([28.15, 25.15, 8.15, 25.15], abs=0.06)
+    assert cells["| mu = 0.5, plain"][6].startswith(f"{best - 8:.1f} [")
+    assert cells["| SFT, rectified"][5].startswith(f"{(9 + 1 + best - 17 + 1) / 4:.1f} [")
+    assert cells["| RL"][1:5] == ["4.0"] * 4 and "| mu = 0.1, TrSFT" not in cells
+    assert verdict in lines[-1]
+    assert regret.any_loss([row for row in table if "-trsft/" not in row.get("run", "")], draws=20) == []
+
+
 def test_a_regret_table_without_amft_is_refused_in_a_line():
     table = settings_of(lambda setting, name, seed: 10 + seed)
     with pytest.raises(ValueError, match="no runs of wrong/amft"):
