@@ -166,6 +166,10 @@ class TrSFT(amft.Method):
         return (logps.exp() / 0.1).clamp(max=1.0)
 
 
+class AMFTWithTrSFT(TrSFT, amft.Controller):
+    """AMFT as it is, with TrSFT's loss as L_SFT."""
+
+
 def gac_proxies(advantages, mask, nll):
     """[mean (1 - A)^2, trimmed variance of the demonstrations, variance of A] of a step.
 
@@ -393,6 +397,7 @@ RIVALS = {
     "cosine": Cosine,
     "chord": CHORD,
     "trsft": TrSFT,
+    "amft-trsft": AMFTWithTrSFT,
     "gac": GAC,
     "superrl": SuperRL,
     "hpt": HPT,
@@ -434,6 +439,7 @@ METHOD_FLAGS.update({
     "cosine": flags(OWN_MU, ["peak", "valley"], warmup=0),
     "chord": flags(["warmup", "imitation", *CONTROLLER], warmup=0, mu=0.1),
     "trsft": flags(["warmup", "imitation", *CONTROLLER], warmup=0),
+    "amft-trsft": flags(["imitation"], warmup=0),
     "gac": flags(["controller", "eta_h", "utility", "trace"], ["memory"], mu_max=0.9, eta_mu=0.05),
     "superrl": flags(OWN_DEMOS, warmup=0),
     "hpt": flags(OWN_DEMOS, ["gate"], warmup=0),

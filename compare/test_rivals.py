@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 METHODS = sorted(set(rivals.METHODS) - set(controllers.CONTROLLERS))  # these: test_controllers.py
 OWN_PROMPTS = {"superrl", "hpt", "dyme", "luffy", "srft"}  # these imitate the step's own prompts
-NO_WARMUP = OWN_PROMPTS | {"sft", "dft", "rl", "relift", "cosine", "chord", "trsft"}
+NO_WARMUP = OWN_PROMPTS | {"sft", "dft", "rl", "relift", "cosine", "chord", "trsft", "amft-trsft"}
 SILENT = {"sft", "dft"}  # these sample nothing
 LATE = {"rl", "sft-rl", "relift"}  # these imitate nothing in a first step without a warm-up
 GATED = {"superrl", "hpt", "dyme"}
@@ -189,7 +189,7 @@ def published(method, logp, A, H, G, gamma=0.1):
         return -p.detach() * logp
     if method == "chord":
         return -(p * (1 - p)).detach() * logp
-    if method == "trsft":
+    if method in ("trsft", "amft-trsft"):
         return -p / p.detach().clamp(min=0.1)
     if method == "luffy":
         return -A * p / (p + gamma)
@@ -238,7 +238,7 @@ def expected_mus(method, success, config):
     if method == "hpt":
         return [float(n <= config["gate"] * G) for n in k]
     one = {"luffy": 1 / (G + 1), "srft": 0.5, "fixed": 0.5, "gac": config["mu"],
-           "amft": config["mu"], "trsft": 0.5, "chord": 0.1, "cosine": 0.9}
+           "amft": config["mu"], "amft-trsft": config["mu"], "trsft": 0.5, "chord": 0.1, "cosine": 0.9}
     return [one.get(method, 0.0)] * P
 
 
@@ -563,7 +563,7 @@ def test_responses_are_shared_out_evenly(method, tiny, tmp_path, monkeypatch, un
     each = [after - before - 32 * ("meta_grad" in row)
             for before, after, row in zip(totals, totals[1:], steps) if "success" in row]
     assert min(each) >= 4
-    assert any("meta_grad" in row for row in steps) == (method == "amft")
+    assert any("meta_grad" in row for row in steps) == method.startswith("amft")
     if method in ("sasr", "relift"):
         assert 28 <= rows[-1]["rollouts"] <= 220
     else:
