@@ -187,25 +187,39 @@ def any_loss(table, draws=2000):
     found = pooled(table)
     wanted = ["rl", *(f"{name}, {loss}" for name in [*CONSTANTS[1:], "sft-rl", "amft"] for loss in BY_LOSS)]
     names = [name for name in wanted if all(name in own for own in found.values())]
-    if not any(name.endswith("TrSFT") for name in names):
+    if "amft, TrSFT" not in names:
         return []
     means = averages(found)
     open_ones = [regrets(one, names, found) for one in redrawn(found, draws)]
     seen = regrets(means, names, found)
-    share = 100 * statistics.mean(is_insurance(one) for one in open_ones)
+    verdicts = [f"{what} {'holds' if holds(seen) else 'does not hold'} by the means, and holds in "
+                f"{100 * statistics.mean(holds(one) for one in open_ones):.0f}% of the redrawings."
+                for what, holds in (
+                    ("That the worst regret of a constant with TrSFT is below that of every constant and of AMFT with another loss",
+                     is_insurance),
+                    ("That AMFT with TrSFT has a worst and a mean regret below those of both constants with it", learns_mu))]
     return ["", "## Regret, whichever loss", "",
             "To the setting's best run of two seeds or more with any of the losses. TrSFT: a token's -log p times min(1, p / 0.1), "
             "between rectified (p) and plain (1), as all else at a learning rate of its own.",
             *markdown(["success, %", *SETTINGS.values(), "mean regret", "worst regret"], rows(seen, means, open_ones)), "",
-            "That the worst regret of a constant with TrSFT is below that of every constant and of AMFT with another loss "
-            f"{'holds' if is_insurance(seen) else 'does not hold'} by the means, and holds in {share:.0f}% of the redrawings."]
+            " ".join(verdicts)]
+
+
+def between(regret):
+    """The constants with TrSFT."""
+    return [f"{name}, TrSFT" for name in CONSTANTS if f"{name}, TrSFT" in regret]
 
 
 def is_insurance(regret):
-    """As worn.json says of TrSFT."""
-    worst = {name: max(values) for name, values in regret.items() if not name.startswith("sft-rl")}
-    between = [name for name in worst if name.endswith("TrSFT")]
-    return min(worst[name] for name in between) < min(worst[name] for name in worst if name not in between)
+    """As worn.json says of TrSFT's constants."""
+    others = [name for name in regret if not name.endswith("TrSFT") and not name.startswith("sft-rl")]
+    return min(max(regret[name]) for name in between(regret)) < min(max(regret[name]) for name in others)
+
+
+def learns_mu(regret):
+    """As worn.json says of AMFT with TrSFT."""
+    own = regret["amft, TrSFT"]
+    return all(max(own) < max(regret[name]) and sum(own) < sum(regret[name]) for name in between(regret))
 
 
 def both(table):

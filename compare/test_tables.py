@@ -727,21 +727,32 @@ def test_the_plain_loss_is_judged_by_its_own_runs():
     assert "| RL | 5.0 / 5.0 |" in "".join(rows) and "merged" not in "".join(rows)
 
 
-@pytest.mark.parametrize("wrong, verdict", [(24, "holds by the means"), (6, "does not hold by the means")])
-def test_regret_whichever_the_loss(wrong, verdict):
+@pytest.mark.parametrize("wrong, verdicts", [
+    (dict(constant=24, amft=25), ["holds", "holds"]),
+    (dict(constant=24, amft=21.5), ["holds", "does not hold"]),
+    (dict(constant=6, amft=24), ["does not hold", "holds"])])
+def test_regret_whichever_the_loss(wrong, verdicts):
     """One that is taken from the best of its own loss, a verdict of another loss's rows, runs that are not there."""
-    right = {"": 20, "wrong": 18, "right-nll": 28, "wrong-nll": 8, "right-trsft": 26, "wrong-trsft": wrong}
-    table = settings_of(lambda setting, name, seed: 4 if name == "rl" else right.get(setting, 25) - (name == "sft") + 0.1 * seed,
-                        settings=[*regret.SETTINGS, *regret.PLAIN, *regret.BETWEEN])
-    only = [row for row in table if "-trsft/" not in row.get("run", "") or "fixed-0.5" in row["run"]]
-    lines = regret.any_loss(only, draws=200)
+    right = {"": 20, "wrong": 18, "right-nll": 28, "wrong-nll": 8, "right-trsft": 26, "half-trsft": 24}
+    def outcome(setting, name, seed):
+        if name == "rl" or (name == "fixed-0.1" and setting in regret.BETWEEN):
+            return 4
+        if setting == "wrong-trsft":
+            return wrong["amft" if name == "amft" else "constant"] + 0.1 * seed
+        return right.get(setting, 25) - (name == "sft") + 0.1 * seed + (name == "amft" and setting in regret.BETWEEN)
+    table = settings_of(outcome, settings=[*regret.SETTINGS, *regret.PLAIN, *regret.BETWEEN])
+    ran = [row for row in table
+           if "-trsft/" not in row.get("run", "") or row["run"].rpartition("/")[2] in ("fixed-0.1", "fixed-0.5", "amft")]
+    lines = regret.any_loss(ran, draws=200)
     cells = {line.split(" | ")[0]: line.split(" | ") for line in lines if line.startswith("| ")}
-    best = max(wrong, 18)
+    best = max(18, *wrong.values())
     assert [float(cell) for cell in cells["| mu = 0.5, plain"][1:5]] == pytest.approx([28.15, 25.15, 8.15, 25.15], abs=0.06)
     assert cells["| mu = 0.5, plain"][6].startswith(f"{best - 8:.1f} [")
-    assert cells["| SFT, rectified"][5].startswith(f"{(9 + 1 + best - 17 + 1) / 4:.1f} [")
-    assert cells["| RL"][1:5] == ["4.0"] * 4 and "| mu = 0.1, TrSFT" not in cells
-    assert verdict in lines[-1]
+    assert cells["| SFT, rectified"][5].startswith(f"{(9 + 1 + best - 17 + 2) / 4:.1f} [")
+    assert cells["| RL"][1:5] == ["4.0"] * 4 and "| mu = 0.9, TrSFT" not in cells
+    assert [part.split(" by the means")[0] for part in lines[-1].split(". ")] == [
+        "That the worst regret of a constant with TrSFT is below that of every constant and of AMFT with another loss " + verdicts[0],
+        "That AMFT with TrSFT has a worst and a mean regret below those of both constants with it " + verdicts[1]]
     assert regret.any_loss([row for row in table if "-trsft/" not in row.get("run", "")], draws=20) == []
 
 
