@@ -167,7 +167,7 @@ class TrSFT(amft.Method):
 
 
 class AMFTWithTrSFT(TrSFT, amft.Controller):
-    """AMFT as it is, with TrSFT's loss as L_SFT."""
+    """AMFT as it is, with TrSFT's loss (TRAPO, arXiv 2512.17636) as L_SFT."""
 
 
 def gac_proxies(advantages, mask, nll):
