@@ -757,6 +757,8 @@ def test_regret_whichever_the_loss(wrong, verdicts):
         "That the worst regret of a constant with TrSFT is below that of every constant and of AMFT with another loss " + verdicts[0],
         "That AMFT with TrSFT has a worst and a mean regret below those of both constants with it " + verdicts[1]]
     assert regret.any_loss([row for row in table if "-trsft/" not in row.get("run", "")], draws=20) == []
+    others = {"fixed-0.5, plain": [3.0], "sft-rl, plain": [0.0], "fixed-0.5, TrSFT": [2.0], "amft, TrSFT": [0.0]}
+    assert [regret.is_insurance({**others, "amft, plain": [worst]}) for worst in (1.0, 4.0)] == [False, True]
 
 
 def test_a_regret_table_without_amft_is_refused_in_a_line():
