@@ -31,19 +31,19 @@ def test_recorded_tables_are_made_from_the_recorded_rows_alone(study):
 
 def test_the_readmes_print_the_recorded_tables():
     """A table in a README that is not the recorded one."""
-    study = logs.Study(logs.recorded("worn"))
-    rows = regret.both(logs.recorded("worn"))
+    worn = logs.recorded("worn")
+    study = logs.Study(worn)
+    rows = regret.both(worn)
     lines = (ROOT / "README.md").read_text().splitlines()
     shown = lines[lines.index(rows[0]):]  # its table has fewer rows
     assert set(shown[:shown.index("")]) <= set(rows) and rows[-1] in shown
     readme = (ROOT / "compare" / "README.md").read_text()
     for settings in (regret.SETTINGS, regret.PLAIN):
-        tabled = [line for line in regret.section(logs.recorded("worn"), settings) if line.startswith("|")]
+        tabled = [line for line in regret.section(worn, settings) if line.startswith("|")]
         assert "\n".join(tabled) in readme
-    assert "\n".join(line for line in regret.any_loss(logs.recorded("worn")) if line.startswith("|")) in readme
-    for study in (study, logs.Study(logs.recorded("worn"), "virl-vl")):
-        assert "\n".join(tables.ends(study, study.names, "best")[1:]) in readme
-    study = logs.Study(logs.recorded("worn"))
+    assert "\n".join(line for line in regret.any_loss(worn) if line.startswith("|")) in readme
+    for group in (study, logs.Study(worn, "virl-vl")):
+        assert "\n".join(tables.ends(group, group.names, "best")[1:]) in readme
     assert "\n".join(tables.paired(study, [name for name in study.names if name != "amft"], "amft")[1:]) in readme
     study = logs.Study(logs.recorded("gp"))
     ablated = tables.ablations(study, "amft")
