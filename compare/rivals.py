@@ -42,6 +42,7 @@ class Config(amft.Config):
     responses: int = amft.flag(0, "so many samples in all, evenly; 0: --prompts at each step", 0)
     splits: str = amft.flag("", "only these, comma-separated, and all of them at --val-every")
     before: int = amft.flag(1, "evaluate before training, too; 0: no", 0, 1)
+    graded: int = amft.flag(0, "imitate only the demonstrations that the grader accepts; 0: all", 0, 1)
     # Of a rival
     gate: float = amft.flag(0.0, "hpt: imitate where at most this share is correct", 0, 1)
     shape: float = amft.flag(0.1, "luffy: gamma of p / (p + gamma)", 1e-6)
@@ -338,7 +339,31 @@ class SRFT(OwnDemos):
         return 0.5
 
 
-# ----- Equal budgets of samples -----
+# ----- Demonstrations that pass the grader, and equal budgets of samples -----
+
+
+def accepted(episode):
+    """Does the task's grader accept this episode's demonstration?"""
+    played = copy.copy(episode)
+    for turn in episode.demonstration():
+        played.step(turn.response)
+    return played.success
+
+
+class GradedDemos(amft.Method):
+    """Before a method: with --graded 1 it imitates what the grader accepts; its prompts stay all problems."""
+
+    def __init__(self, config, *of_task):
+        super().__init__(config, *of_task)
+        if config.graded:
+            problems = self.task.training(config.demos, random.Random(f"demos {config.seed}"))  # as in amft.train
+            self.kept = [i for i, problem in enumerate(problems) if accepted(problem)]
+            if len(self.kept) < config.sft_batch:
+                raise ValueError(f"--graded 1: the grader accepts {len(self.kept)} of {config.demos} demonstrations, fewer than "
+                                 f"--sft-batch {config.sft_batch}: there is nothing to imitate; use --method rl")
+
+    def choose_demos(self, step):
+        return step.rng.sample(self.kept, self.config.sft_batch) if self.config.graded else super().choose_demos(step)
 
 
 def looks(config, t):
@@ -408,7 +433,7 @@ RIVALS = {
 
 
 def budgeted(name, method):
-    return type(name, (EqualBudget, method), dict(__doc__=method.__doc__))
+    return type(name, (EqualBudget, GradedDemos, method), dict(__doc__=method.__doc__))
 
 
 PLAIN = {**amft.METHODS, **controllers.CONTROLLERS, **RIVALS}
@@ -425,6 +450,8 @@ def flags(unused, reads=(), **defaults):
     others = [name for name in OF_A_RIVAL if name not in reads]
     if "prompts" in unused:
         others.append("responses")
+    if "sft_batch" in unused:
+        others.append("graded")
     return MethodFlags([*unused, *others], defaults)
 
 
@@ -435,7 +462,7 @@ METHOD_FLAGS.update({
     "amft-replay": flags(controllers.METHOD_FLAGS["amft-replay"].unused, ["replay"], warmup=0),
     "dft": flags([*amft.METHOD_FLAGS["sft"].unused, "imitation"], warmup=0, imitation="rectified"),
     "sasr": flags(["mu", *CONTROLLER], ["sasr"]),
-    "relift": flags(OWN_MU, warmup=0, sft_batch=16),
+    "relift": flags([*OWN_MU, "graded"], warmup=0, sft_batch=16),
     "cosine": flags(OWN_MU, ["peak", "valley"], warmup=0),
     "chord": flags(["warmup", "imitation", *CONTROLLER], warmup=0, mu=0.1),
     "trsft": flags(["warmup", "imitation", *CONTROLLER], warmup=0),
