@@ -13,6 +13,7 @@ import math
 import random
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,7 +29,8 @@ TITLES = {"all right": "demonstrations right", "half wrong": "half of them wrong
 LOSSES = {"wrong": "all wrong, rectified", "slow-nll": "all wrong, plain", "form": "another form, rectified",
           "nll": "another form, plain"}
 # RL reads no demonstrations: its runs in a setting are those of another, to the last digit.
-RL_OF = dict.fromkeys(["half", "wrong", "form", "nll", "slow-nll", "right-nll", "half-nll", "wrong-nll"], "") | {"weak-nll": "weak"}
+RL_OF = dict.fromkeys(["half", "wrong", "form", "nll", "slow-nll", "right-nll", "half-nll", "wrong-nll",
+                       "right-trsft", "half-trsft", "wrong-trsft"], "") | {"weak-nll": "weak", "weak-trsft": "weak"}
 METHODS = {"rl": "RL", "fixed-0.1": "mu = 0.1", "fixed-0.5": "mu = 0.5", "fixed-0.9": "mu = 0.9", "sft": "SFT",
            "sft-rl": "SFT then RL", "soup": "SFT and RL, merged", "race": "race of three mus", "amft-null": "AMFT told noise", "amft-replay": "AMFT, another seed's mu",
            "amft-cold": "AMFT told success at 0.3",
@@ -37,7 +39,9 @@ CONSTANTS = ["rl", "fixed-0.1", "fixed-0.5", "fixed-0.9", "sft"]  # of mu: 0 and
 # No run of its own: the held mu that race.py's heats would choose, run in full, a third more steps than the others in all.
 CHOSEN = {"choice": "what a race chooses, run in full"}
 RACERS = ["fixed-0.1", "fixed-0.5", "fixed-0.9"]
-ROWS = METHODS | CHOSEN
+# Demonstrations that the grader rejects are dropped: runs of its own where half are; elsewhere see `stand_in`.
+GRADED = {"fixed-0.5-graded": "mu = 0.5, graded demonstrations", "amft-graded": "AMFT, graded demonstrations"}
+ROWS = METHODS | GRADED | CHOSEN
 MU = {"fixed-0.1": 0.1, "fixed-0.3": 0.3, "fixed-0.5": 0.5, "fixed-0.7": 0.7, "fixed-0.9": 0.9}
 
 
@@ -51,7 +55,18 @@ def outcomes(table, settings=tuple(SETTINGS)):
             found[setting]["rl"] = Study(table, RL_OF[setting]).ends("rl", "primary")
         if choice := chosen(study):
             found[setting]["choice"] = choice
+        for name in GRADED:
+            if (same := stand_in(setting, name)) in found[setting]:
+                found[setting][name] = found[setting][same]
     return found
+
+
+def stand_in(setting, name):
+    """Whose runs those with graded demonstrations are, bit for bit: RL's where all are rejected; None: its own."""
+    kind = setting.partition("-")[0]
+    if kind == "wrong":
+        return "rl"
+    return name.replace("-graded", "") if kind in ("", "right", "weak") else None
 
 
 def chosen(study):
@@ -64,8 +79,8 @@ def chosen(study):
 
 
 def runs_of(own):
-    """`own` without what is chosen among its runs."""
-    return {name: values for name, values in own.items() if name not in CHOSEN}
+    """`own` without what is chosen among its runs, or had its demonstrations graded."""
+    return {name: values for name, values in own.items() if name.partition(",")[0] not in CHOSEN | GRADED}
 
 
 def averages(found):
@@ -112,6 +127,9 @@ def redrawn(found, draws, seed=0):
                               for name, values in own.items()}
             if "rl" in own:  # shared runs are drawn once
                 means[setting]["rl"] = rl.setdefault(RL_OF.get(setting, setting), means[setting]["rl"])
+            for name in means[setting]:
+                if name.partition(",")[0] in GRADED and (same := stand_in(setting, name)):
+                    means[setting][name] = means[setting][same]
         made.append(means)
     return made
 
@@ -170,7 +188,18 @@ def section(table, settings=SETTINGS, title="Regret", draws=2000):
         *markdown(header, lines), "",
         f"AMFT's {'; its '.join(differences)}. What was to be reached, a worst regret below every constant's and a mean "
         f"not above the best constant's, is {'' if earns_its_place(seen) else 'not '}reached by the means, and reached "
-        f"in {share:.0f}% of the redrawings."]
+        f"in {share:.0f}% of the redrawings.", *graded(seen, open_ones)]
+
+
+def graded(seen, open_ones):
+    """Lines: what grading the demonstrations is worth."""
+    if "fixed-0.5-graded" not in seen:
+        return []
+    share = 100 * statistics.mean(grading_is_insurance(one) for one in open_ones)
+    return ["", "Graded demonstrations: those that RL's grader rejects are dropped. Where all are right, and from the weak base, that is "
+            "none, where all are wrong all, which leaves RL: those cells are the other rows' runs. They set no best. That mu = 0.5 has a "
+            f"worst regret below AMFT's and every constant's then {'holds' if grading_is_insurance(seen) else 'does not hold'} by the "
+            f"means, and holds in {share:.0f}% of the redrawings."]
 
 
 def pooled(table):
@@ -178,14 +207,14 @@ def pooled(table):
     found = {setting: {} for setting in SETTINGS}
     for loss, settings in BY_LOSS.items():
         for own, (group, runs) in zip(found.values(), outcomes(table, settings).items()):
-            own.update({name if name == "rl" else f"{name}, {loss}": values for name, values in runs_of(runs).items()})
+            own.update({name if name == "rl" else f"{name}, {loss}": values for name, values in runs.items() if name not in CHOSEN})
     return found
 
 
 def any_loss(table, draws=2000):
     """Lines: each constant's and AMFT's regret to the best run with any loss."""
     found = pooled(table)
-    wanted = ["rl", *(f"{name}, {loss}" for name in [*CONSTANTS[1:], "sft-rl", "amft"] for loss in BY_LOSS)]
+    wanted = ["rl", *(f"{name}, {loss}" for name in [*CONSTANTS[1:], "sft-rl", "amft", *GRADED] for loss in BY_LOSS)]
     names = [name for name in wanted if all(name in own for own in found.values())]
     if "amft, TrSFT" not in names:
         return []
@@ -197,7 +226,10 @@ def any_loss(table, draws=2000):
                 for what, holds in (
                     ("That the worst regret of a constant with TrSFT is below that of every constant and of AMFT with another loss",
                      is_insurance),
-                    ("That AMFT with TrSFT has a worst and a mean regret below those of both constants with it", learns_mu))]
+                    ("That AMFT with TrSFT has a worst and a mean regret below those of both constants with it", learns_mu),
+                *((f"That the worst regret of mu = 0.5 with graded demonstrations, {loss}, is below that of AMFT and every constant with "
+                   "this loss", partial(grading_is_insurance, loss=f", {loss}"))
+                  for loss in BY_LOSS if f"fixed-0.5-graded, {loss}" in seen))]
     return ["", "## Regret, whichever loss", "",
             "To the setting's best run of two seeds or more with any of the losses. TrSFT: a token's -log p times min(1, p / 0.1), "
             "between rectified (p) and plain (1), as all else at a learning rate of its own.",
@@ -212,7 +244,7 @@ def between(regret):
 
 def is_insurance(regret):
     """As worn.json says of TrSFT's constants."""
-    others = [name for name in regret if not name.endswith("TrSFT") and not name.startswith("sft-rl")]
+    others = [name for name in runs_of(regret) if not name.endswith("TrSFT") and not name.startswith("sft-rl")]
     return min(max(regret[name]) for name in between(regret)) < min(max(regret[name]) for name in others)
 
 
@@ -220,6 +252,12 @@ def learns_mu(regret):
     """As worn.json says of AMFT with TrSFT."""
     own = regret["amft, TrSFT"]
     return all(max(own) < max(regret[name]) and sum(own) < sum(regret[name]) for name in between(regret))
+
+
+def grading_is_insurance(regret, loss=""):
+    """As worn.json says of mu = 0.5 with graded demonstrations; loss: "", or as the names in `regret` end."""
+    others = [name for name in regret if name.removesuffix(loss) in ("amft", *CONSTANTS) and (name.endswith(loss) or name == "rl")]
+    return max(regret["fixed-0.5-graded" + loss]) < min(max(regret[name]) for name in others)
 
 
 def both(table):

@@ -467,7 +467,7 @@ METHOD_FLAGS.update({
     "chord": flags(["warmup", "imitation", *CONTROLLER], warmup=0, mu=0.1),
     "trsft": flags(["warmup", "imitation", *CONTROLLER], warmup=0),
     "amft-trsft": flags(["imitation"], warmup=0),
-    "gac": flags(["controller", "eta_h", "utility", "trace"], ["memory"], mu_max=0.9, eta_mu=0.05),
+    "gac": flags(["controller", "eta_h", "utility", "trace", "graded"], ["memory"], mu_max=0.9, eta_mu=0.05),
     "superrl": flags(OWN_DEMOS, warmup=0),
     "hpt": flags(OWN_DEMOS, ["gate"], warmup=0),
     "dyme": flags(OWN_DEMOS, warmup=0),

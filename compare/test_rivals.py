@@ -750,6 +750,71 @@ def test_rl_on_a_task_with_a_worse_expert_is_rl_on_general_points(tmp_path):
     assert log("gp") == log("gp-wrong") == log("gp-form")
 
 
+def small_run(tmp_path, name, *words):
+    """The run's rows, without seconds and what it was started with."""
+    rivals.main(["--model", "base", "--steps", "3", "--demos", "100", "--splits", "val", "--before", "0",
+                 "--eval-n", "2", "--eval-samples", "1", "--val-every", "0", "--out", str(tmp_path / name), *words])
+    rows = logs.read(tmp_path / name)
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows[1:]]
+
+
+@pytest.mark.parametrize("method", ["amft", "sft", "trsft"])
+def test_grading_right_demonstrations_changes_no_digit(tmp_path, method):
+    words = ["--task", "gp", "--method", method, *(["--prompts", "2"] if method != "sft" else [])]
+    assert small_run(tmp_path, "all", *words) == small_run(tmp_path, "graded", *words, "--graded", "1")
+
+
+def test_only_accepted_demonstrations_are_shown_and_all_problems_are_sampled(tmp_path, monkeypatch):
+    """Wrong ones among them; prompts of the accepted alone; accepted by another seed's list."""
+    shown, asked = [], []
+    encode, rollout = amft.encode_demos, amft.rollout
+    monkeypatch.setattr(amft, "encode_demos", lambda model, tokenizer, episodes: shown.extend(episodes) or encode(model, tokenizer, episodes))
+    monkeypatch.setattr(amft, "rollout", lambda model, tokenizer, episodes, *rest: asked.extend(episodes) or rollout(
+        model, tokenizer, episodes, *rest))
+    small_run(tmp_path, "run", "--task", "gp-half", "--method", "fixed", "--graded", "1", "--prompts", "20",
+              "--samples", "2", "--sft-batch", "6", "--seed", "5")
+    fits = lambda deal: deal.grade(deal.expert) == "correct"  # noqa: E731
+    assert len(shown) == 18 and all(map(fits, shown))
+    problems = experts.EXPERTS["gp-half"]().training(100, random.Random("demos 5"))
+    right = {deal.prompt for deal in problems if fits(deal)}
+    assert {deal.prompt for deal in shown} <= right and len({deal.prompt for deal in shown}) > 6
+    assert any(deal.prompt in right for deal in asked[:60]) and not all(deal.prompt in right for deal in asked[:60])
+
+
+@pytest.mark.parametrize("name", sorted(amft.TASKS))
+def test_a_demonstration_is_graded_as_a_whole_conversation(name):
+    """Slips that it makes on purpose count as its failure; an episode that is graded is used up."""
+    task = rivals.TASKS[name](turns=3)
+    for episode in task.training(30, random.Random(1)):
+        assert rivals.accepted(episode) and episode.history == ()
+    bad = task.training(1, random.Random(2))[0]
+    last = bad.demonstration()[-1]
+    bad.demonstration = lambda: [last._replace(response="no answer")]
+    assert not rivals.accepted(bad)
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--task gp-wrong --method fixed", "the grader accepts 0 of 100 demonstrations, fewer than --sft-batch 64: there is nothing to imitate; "
+                                       "use --method rl"),
+    *((f"--task gp --method {name}", f"--graded: is not used by --method {name}") for name in ["rl", "relift"])])
+def test_grading_where_nothing_is_left_or_imitated_is_refused(tmp_path, capsys, words, says):
+    with pytest.raises(SystemExit) as stop:
+        small_run(tmp_path, "run", *words.split(), "--graded", "1")
+    assert stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_every_method_grades_its_demonstrations_or_refuses_to(tmp_path):
+    """One that says --graded 1 and imitates the wrong ones, too."""
+    task = experts.EXPERTS["gp-half"]()
+    for name, flags in rivals.METHOD_FLAGS.items():
+        if "graded" not in flags.unused and name not in ("rl", "amft-replay"):
+            method = rivals.METHODS[name](rivals.Config(task="gp-half", method=name, demos=100, graded=1, sft_batch=30), task)
+            assert all(rivals.accepted(task.training(100, random.Random("demos 0"))[i])
+                       for i in method.choose_demos(amft.Step(2, 0.1, random.Random(0)))), name
+    ungraded = {name for name, flags in rivals.METHOD_FLAGS.items() if "graded" in flags.unused}
+    assert ungraded == {"rl", "relift", "gac", "superrl", "hpt", "dyme", "luffy", "srft"}
+
+
 # --- Merging --------------------------------------------------------------------------------------
 
 

@@ -610,12 +610,12 @@ def test_one_seed_of_the_projects_figure_is_run_with_the_recorded_flags(tmp_path
 # --- Regret ---------------------------------------------------------------------------------------
 
 
-def settings_of(outcome, seeds=(1, 2), settings=tuple(regret.SETTINGS)):
+def settings_of(outcome, seeds=(1, 2), settings=tuple(regret.SETTINGS), graded=()):
     """A table of runs: outcome(setting, method, seed) in percent, the same on both splits of the primary."""
     rows = []
     for setting in settings:
-        for name in regret.METHODS:
-            if name == "rl" and setting in regret.RL_OF:
+        for name in (*regret.METHODS, *graded):
+            if name == "rl" and setting in regret.RL_OF or name in graded and not setting.startswith("half"):
                 continue
             run = f"{setting}/{name}".lstrip("/")
             for seed in seeds:
@@ -648,6 +648,54 @@ def test_what_a_race_would_choose():
     assert best == {"choice": [15.0] * 4, "fixed-0.1": [0.0] * 4}
     without = [row for row in table if (row.get("run"), row.get("seed")) != ("half/fixed-0.9", 1)]
     assert regret.outcomes(without)["half"]["choice"] == [22.0]
+
+
+def test_graded_demonstrations_are_the_ungraded_run_or_rls():
+    """A stand-in of another setting, loss or method, drawn anew, or one that sets the best or its deviation."""
+    def outcome(setting, name, seed):
+        return 10 * list([*regret.SETTINGS, *regret.PLAIN]).index(setting) + dict(rl=1, amft=3).get(name.replace("-graded", ""), 5) + 90 * ("graded" in name) + seed
+    everything = [*regret.SETTINGS, *regret.PLAIN]
+    table = settings_of(outcome, settings=everything, graded=list(regret.GRADED))
+    found = regret.outcomes(table, everything)
+    name = "fixed-0.5-graded"
+    assert [found[setting][name][0] for setting in everything] == [6, 106, 2, 36, 46, 146, 2, 76]
+    assert [found[setting]["amft-graded"][0] for setting in everything] == [4, 104, 2, 34, 44, 144, 2, 74]
+    draws = regret.redrawn(found, 50)
+    for setting, same in {"": "fixed-0.5", "wrong": "rl", "weak": "fixed-0.5", "right-nll": "fixed-0.5", "wrong-nll": "rl"}.items():
+        assert all(one[setting][name] == one[setting][same] for one in draws)
+    assert draws[0]["half"][name] > 90 and draws[0]["wrong"][name] == draws[0][""]["rl"]
+    ungraded = {setting: {run: values for run, values in own.items() if run not in regret.GRADED} for setting, own in found.items()}
+    wild = {setting: {**own, name: [0.0, 999.0]} for setting, own in found.items()}
+    assert all(regret.deviation(setting, wild[setting]) == regret.deviation(setting, ungraded[setting]) for setting in everything)
+    means = regret.averages(found)
+    assert regret.regrets(means, [name], found)[name][1] < 0  # better than the best without grading
+    assert regret.regrets(means, ["sft"], found) == regret.regrets(regret.averages(ungraded), ["sft"], ungraded)
+    pooled = regret.pooled(table)
+    assert pooled["half"][name + ", plain"] == [146, 147] and pooled["wrong"][name + ", plain"] == [2, 3]
+
+
+@pytest.mark.parametrize("half, verdict", [(24, "holds"), (8, "does not hold")])
+def test_what_grading_is_worth(half, verdict):
+    """A verdict of another row's worst regret, or of one setting alone."""
+    def outcome(setting, name, seed):
+        if "graded" in name:
+            return half + 0.2 * seed
+        bad = "wrong" in setting and name.startswith(("fixed", "sft", "amft")) or "weak" in setting and name in ("rl", "sft", "fixed-0.1")
+        return (9 if bad else 20) + 0.2 * seed
+    table = settings_of(outcome, settings=[*regret.SETTINGS, *regret.PLAIN, *regret.BETWEEN], graded=["fixed-0.5-graded"])
+    for lines in (regret.section(table, draws=200), regret.section(table, regret.PLAIN, "Plain", draws=200)):
+        assert f"then {verdict} by the means" in lines[-1]
+        row = next(line for line in lines if line.startswith("| mu = 0.5, graded demonstrations |"))
+        assert row.startswith(f"| mu = 0.5, graded demonstrations | 20.3 | {half}.3 | 20.3 | 20.3 | ")
+    lines = regret.any_loss(table, draws=200)
+    for loss in regret.BY_LOSS:
+        assert f"graded demonstrations, {loss}, is below that of AMFT and every constant with this loss {verdict} by the means" in lines[-1]
+        assert any(line.startswith(f"| mu = 0.5, graded demonstrations, {loss} | ") for line in lines)
+    without = [row for row in table if "graded" not in row.get("run", "")]
+    assert "raded" not in "".join(regret.section(without, draws=20) + regret.any_loss(without, draws=20))
+    assert regret.grading_is_insurance({"fixed-0.5-graded, plain": [2.0], "rl": [3.0], "amft, plain": [3.0], "amft, TrSFT": [1.0],
+                                        "sft-rl, plain": [1.0]}, ", plain")
+    assert not regret.grading_is_insurance({"fixed-0.5-graded": [2.0], "rl": [1.0], "amft": [3.0]})
 
 
 def test_a_settings_deviation_weighs_each_run_by_its_freedom():
