@@ -256,7 +256,7 @@ def learns_mu(regret):
 
 def grading_is_insurance(regret, loss=""):
     """As worn.json says of mu = 0.5 with graded demonstrations; loss: "", or as the names in `regret` end."""
-    others = [name for name in regret if name.removesuffix(loss) in ("amft", *CONSTANTS) and (name.endswith(loss) or name == "rl")]
+    others = [name for name in regret if name.removesuffix(loss) in ("amft", *CONSTANTS)]
     return max(regret["fixed-0.5-graded" + loss]) < min(max(regret[name]) for name in others)
 
 

@@ -695,7 +695,7 @@ def test_what_grading_is_worth(half, verdict):
     assert "raded" not in "".join(regret.section(without, draws=20) + regret.any_loss(without, draws=20))
     assert regret.grading_is_insurance({"fixed-0.5-graded, plain": [2.0], "rl": [3.0], "amft, plain": [3.0], "amft, TrSFT": [1.0],
                                         "sft-rl, plain": [1.0]}, ", plain")
-    assert not regret.grading_is_insurance({"fixed-0.5-graded": [2.0], "rl": [1.0], "amft": [3.0]})
+    assert not regret.grading_is_insurance({"fixed-0.5-graded": [2.0, -9.0], "rl": [1.0, 0.0], "amft": [3.0, 3.0]})
 
 
 def test_a_settings_deviation_weighs_each_run_by_its_freedom():
@@ -805,7 +805,7 @@ def test_regret_whichever_the_loss(wrong, verdicts):
         "That the worst regret of a constant with TrSFT is below that of every constant and of AMFT with another loss " + verdicts[0],
         "That AMFT with TrSFT has a worst and a mean regret below those of both constants with it " + verdicts[1]]
     assert regret.any_loss([row for row in table if "-trsft/" not in row.get("run", "")], draws=20) == []
-    others = {"fixed-0.5, plain": [3.0], "sft-rl, plain": [0.0], "fixed-0.5, TrSFT": [2.0], "amft, TrSFT": [0.0]}
+    others = {"fixed-0.5, plain": [3.0], "fixed-0.5-graded, plain": [0.5], "sft-rl, plain": [0.0], "fixed-0.5, TrSFT": [2.0], "amft, TrSFT": [0.0]}
     assert [regret.is_insurance({**others, "amft, plain": [worst]}) for worst in (1.0, 4.0)] == [False, True]
 
 
