@@ -28,9 +28,10 @@ TITLES = {"all right": "demonstrations right", "half wrong": "half of them wrong
           "weak base": "weak base"}
 LOSSES = {"wrong": "all wrong, rectified", "slow-nll": "all wrong, plain", "form": "another form, rectified",
           "nll": "another form, plain"}
+FEW = {"": "all, rectified", "few": "32, rectified", "right-nll": "all, plain", "few-nll": "32, plain"}
 # RL reads no demonstrations: its runs in a setting are those of another, to the last digit.
 RL_OF = dict.fromkeys(["half", "wrong", "form", "nll", "slow-nll", "right-nll", "half-nll", "wrong-nll",
-                       "right-trsft", "half-trsft", "wrong-trsft"], "") | {"weak-nll": "weak", "weak-trsft": "weak"}
+                       "right-trsft", "half-trsft", "wrong-trsft", "few", "few-nll"], "") | {"weak-nll": "weak", "weak-trsft": "weak"}
 METHODS = {"rl": "RL", "fixed-0.1": "mu = 0.1", "fixed-0.5": "mu = 0.5", "fixed-0.9": "mu = 0.9", "sft": "SFT",
            "sft-rl": "SFT then RL", "soup": "SFT and RL, merged", "race": "race of three mus", "amft-null": "AMFT told noise", "amft-replay": "AMFT, another seed's mu",
            "amft-cold": "AMFT told success at 0.3",

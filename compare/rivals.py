@@ -42,6 +42,7 @@ class Config(amft.Config):
     responses: int = amft.flag(0, "so many samples in all, evenly; 0: --prompts at each step", 0)
     splits: str = amft.flag("", "only these, comma-separated, and all of them at --val-every")
     before: int = amft.flag(1, "evaluate before training, too; 0: no", 0, 1)
+    shown: int = amft.flag(0, "imitate only the first so many problems' demonstrations; 0: all", 0)
     graded: int = amft.flag(0, "imitate only the demonstrations that the grader accepts; 0: all", 0, 1)
     # Of a rival
     gate: float = amft.flag(0.0, "hpt: imitate where at most this share is correct", 0, 1)
@@ -339,7 +340,7 @@ class SRFT(OwnDemos):
         return 0.5
 
 
-# ----- Demonstrations that pass the grader, and equal budgets of samples -----
+# ----- Fewer demonstrations, and equal budgets of samples -----
 
 
 def accepted(episode):
@@ -350,20 +351,23 @@ def accepted(episode):
     return played.success
 
 
-class GradedDemos(amft.Method):
-    """Before a method: with --graded 1 it imitates what the grader accepts; its prompts stay all problems."""
+class FewerDemos(amft.Method):
+    """Before a method: it imitates only what --shown and --graded leave; its prompts stay all problems."""
 
     def __init__(self, config, *of_task):
         super().__init__(config, *of_task)
+        self.kept = range(config.demos)[:config.shown or None]
         if config.graded:
             problems = self.task.training(config.demos, random.Random(f"demos {config.seed}"))  # as in amft.train
-            self.kept = [i for i, problem in enumerate(problems) if accepted(problem)]
-            if len(self.kept) < config.sft_batch:
-                raise ValueError(f"--graded 1: the grader accepts {len(self.kept)} of {config.demos} demonstrations, fewer than "
-                                 f"--sft-batch {config.sft_batch}: there is nothing to imitate; use --method rl")
+            self.kept = [i for i in self.kept if accepted(problems[i])]
+        if len(self.kept) < min(config.sft_batch, config.demos):
+            raise ValueError(f"--shown {config.shown}, --graded {config.graded}: leave {len(self.kept)} of {config.demos} demonstrations, "
+                             f"fewer than --sft-batch {config.sft_batch}; where there is nothing to imitate, use --method rl")
 
     def choose_demos(self, step):
-        return step.rng.sample(self.kept, self.config.sft_batch) if self.config.graded else super().choose_demos(step)
+        if self.config.shown or self.config.graded:
+            return step.rng.sample(self.kept, self.config.sft_batch)
+        return super().choose_demos(step)
 
 
 def looks(config, t):
@@ -433,7 +437,7 @@ RIVALS = {
 
 
 def budgeted(name, method):
-    return type(name, (EqualBudget, GradedDemos, method), dict(__doc__=method.__doc__))
+    return type(name, (EqualBudget, FewerDemos, method), dict(__doc__=method.__doc__))
 
 
 PLAIN = {**amft.METHODS, **controllers.CONTROLLERS, **RIVALS}
@@ -451,7 +455,7 @@ def flags(unused, reads=(), **defaults):
     if "prompts" in unused:
         others.append("responses")
     if "sft_batch" in unused:
-        others.append("graded")
+        others += ["shown", "graded"]
     return MethodFlags([*unused, *others], defaults)
 
 
@@ -462,12 +466,12 @@ METHOD_FLAGS.update({
     "amft-replay": flags(controllers.METHOD_FLAGS["amft-replay"].unused, ["replay"], warmup=0),
     "dft": flags([*amft.METHOD_FLAGS["sft"].unused, "imitation"], warmup=0, imitation="rectified"),
     "sasr": flags(["mu", *CONTROLLER], ["sasr"]),
-    "relift": flags([*OWN_MU, "graded"], warmup=0, sft_batch=16),
+    "relift": flags([*OWN_MU, "shown", "graded"], warmup=0, sft_batch=16),
     "cosine": flags(OWN_MU, ["peak", "valley"], warmup=0),
     "chord": flags(["warmup", "imitation", *CONTROLLER], warmup=0, mu=0.1),
     "trsft": flags(["warmup", "imitation", *CONTROLLER], warmup=0),
     "amft-trsft": flags(["imitation"], warmup=0),
-    "gac": flags(["controller", "eta_h", "utility", "trace", "graded"], ["memory"], mu_max=0.9, eta_mu=0.05),
+    "gac": flags(["controller", "eta_h", "utility", "trace", "shown", "graded"], ["memory"], mu_max=0.9, eta_mu=0.05),
     "superrl": flags(OWN_DEMOS, warmup=0),
     "hpt": flags(OWN_DEMOS, ["gate"], warmup=0),
     "dyme": flags(OWN_DEMOS, warmup=0),

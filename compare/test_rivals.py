@@ -794,8 +794,9 @@ def test_a_demonstration_is_graded_as_a_whole_conversation(name):
 
 
 @pytest.mark.parametrize("words, says", [
-    ("--task gp-wrong --method fixed", "the grader accepts 0 of 100 demonstrations, fewer than --sft-batch 64: there is nothing to imitate; "
+    ("--task gp-wrong --method fixed", "--graded 1: leave 0 of 100 demonstrations, fewer than --sft-batch 64; where there is nothing to imitate, "
                                        "use --method rl"),
+    ("--task gp --method amft --shown 40", "--shown 40, --graded 1: leave 40 of 100 demonstrations, fewer than --sft-batch 64"),
     *((f"--task gp --method {name}", f"--graded: is not used by --method {name}") for name in ["rl", "relift"])])
 def test_grading_where_nothing_is_left_or_imitated_is_refused(tmp_path, capsys, words, says):
     with pytest.raises(SystemExit) as stop:
@@ -807,10 +808,17 @@ def test_every_method_grades_its_demonstrations_or_refuses_to(tmp_path):
     """One that says --graded 1 and imitates the wrong ones, too."""
     task = experts.EXPERTS["gp-half"]()
     for name, flags in rivals.METHOD_FLAGS.items():
+        assert ("graded" in flags.unused) == ("shown" in flags.unused)
         if "graded" not in flags.unused and name not in ("rl", "amft-replay"):
             method = rivals.METHODS[name](rivals.Config(task="gp-half", method=name, demos=100, graded=1, sft_batch=30), task)
             assert all(rivals.accepted(task.training(100, random.Random("demos 0"))[i])
                        for i in method.choose_demos(amft.Step(2, 0.1, random.Random(0)))), name
+    config = rivals.Config(task="gp-half", method="fixed", demos=100, graded=1, shown=40, sft_batch=15, prompts=90)
+    few = rivals.METHODS["fixed"](config, task)
+    chosen = {i for t in range(20) for i in few.choose_demos(amft.Step(2, 0.1, random.Random(t)))}
+    assert chosen == {i for i, deal in enumerate(task.training(100, random.Random("demos 0"))[:40]) if rivals.accepted(deal)}
+    assert len(few.choose_prompts(amft.Step(2, 0.1, random.Random(0)))) == 90
+    assert max(rivals.METHODS["fixed"](dataclasses.replace(config, shown=0), task).kept) > 40
     ungraded = {name for name, flags in rivals.METHOD_FLAGS.items() if "graded" in flags.unused}
     assert ungraded == {"rl", "relift", "gac", "superrl", "hpt", "dyme", "luffy", "srft"}
 
