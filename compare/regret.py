@@ -28,7 +28,7 @@ TITLES = {"all right": "demonstrations right", "half wrong": "half of them wrong
           "weak base": "weak base"}
 LOSSES = {"wrong": "all wrong, rectified", "slow-nll": "all wrong, plain", "form": "another form, rectified",
           "nll": "another form, plain"}
-FEW = {"": "all, rectified", "few": "32, rectified", "right-nll": "all, plain", "few-nll": "32, plain"}
+FEW = {"few": "32 shown, rectified", "few-nll": "32 shown, plain"}
 # RL reads no demonstrations: its runs in a setting are those of another, to the last digit.
 RL_OF = dict.fromkeys(["half", "wrong", "form", "nll", "slow-nll", "right-nll", "half-nll", "wrong-nll",
                        "right-trsft", "half-trsft", "wrong-trsft", "few", "few-nll"], "") | {"weak-nll": "weak", "weak-trsft": "weak"}
@@ -296,6 +296,15 @@ def losses(table):
             *seed_by_seed(table, LOSSES)]
 
 
+def few(table):
+    """Lines: few demonstrations."""
+    if not any(Study(table, setting).names for setting in FEW):
+        return []
+    return ["", "## Few demonstrations", "",
+            "The same outcome; each seed in brackets. All demonstrations are right, and only those of 32 problems are shown, a batch.",
+            *seed_by_seed(table, FEW)]
+
+
 def deciding(table):
     """Lines: the two rows that decide."""
     return ["", "## AMFT and mu = 0.5, seed by seed", "", "With the rectified loss; from seed 20 on.",
@@ -304,7 +313,7 @@ def deciding(table):
 
 def everything(table):
     """Lines of all tables."""
-    return section(table) + section(table, PLAIN, "Regret with the plain loss") + deciding(table) + any_loss(table) + losses(table)
+    return section(table) + section(table, PLAIN, "Regret with the plain loss") + deciding(table) + any_loss(table) + losses(table) + few(table)
 
 
 def draw(table, path):

@@ -747,6 +747,9 @@ def test_the_table_of_bad_demonstrations_has_each_seed():
     assert f"| AMFT | {same} | {same} | 11.5 (11.0, 12.0) | 6.5 (6.0, 7.0) |" in lines
     assert f"| SFT | {same} | {same} | 11.5 (11.0, 12.0) | - |" in lines
     assert not any("merged" in line for line in lines)
+    assert regret.few(table) == []
+    lines = regret.few(settings_of(lambda setting, name, seed: 20 * (setting == "few-nll") + seed, settings=["", *regret.FEW]))
+    assert "| RL | 1.5 (1.0, 2.0) | 1.5 (1.0, 2.0) |" in lines and "| AMFT | 1.5 (1.0, 2.0) | 21.5 (21.0, 22.0) |" in lines
 
 
 @pytest.mark.parametrize("amft, verdict", [(20, "is reached"), (14, "is not reached")])
