@@ -58,6 +58,8 @@ class Config(amft.Config):
         if 0 < self.responses < least:
             raise ValueError(f"--responses {self.responses}: must be 0 or at least {least}, a prompt "
                              "at each step and the controller's own")
+        if self.shown > self.demos:
+            raise ValueError(f"--shown {self.shown}: must be at most --demos, {self.demos}")
         if self.splits:
             known = list(amft.make_task(self, TASKS).splits)
             chosen = self.splits.split(",")
@@ -361,8 +363,9 @@ class FewerDemos(amft.Method):
             problems = self.task.training(config.demos, random.Random(f"demos {config.seed}"))  # as in amft.train
             self.kept = [i for i in self.kept if accepted(problems[i])]
         if len(self.kept) < min(config.sft_batch, config.demos):
-            raise ValueError(f"--shown {config.shown}, --graded {config.graded}: leave {len(self.kept)} of {config.demos} demonstrations, "
-                             f"fewer than --sft-batch {config.sft_batch}; where there is nothing to imitate, use --method rl")
+            given = ", ".join(f"--{name} {value}" for name, value in (("shown", config.shown), ("graded", config.graded)) if value)
+            instead = f"fewer than --sft-batch {config.sft_batch}" if self.kept else "so there is nothing to imitate: use --method rl"
+            raise ValueError(f"{given}: leaves {len(self.kept)} of {config.demos} demonstrations, {instead}")
 
     def choose_demos(self, step):
         if self.config.shown or self.config.graded:
@@ -464,6 +467,8 @@ METHOD_FLAGS = {
     for name, row in {**amft.METHOD_FLAGS, **controllers.METHOD_FLAGS}.items()}
 METHOD_FLAGS.update({
     "amft-replay": flags(controllers.METHOD_FLAGS["amft-replay"].unused, ["replay"], warmup=0),
+    "amft-auto": flags([*controllers.METHOD_FLAGS["amft-auto"].unused, "shown", "graded"],
+                       **controllers.METHOD_FLAGS["amft-auto"].defaults),  # its warm-up looks at val's, as they are
     "dft": flags([*amft.METHOD_FLAGS["sft"].unused, "imitation"], warmup=0, imitation="rectified"),
     "sasr": flags(["mu", *CONTROLLER], ["sasr"]),
     "relift": flags([*OWN_MU, "shown", "graded"], warmup=0, sft_batch=16),

@@ -794,9 +794,9 @@ def test_a_demonstration_is_graded_as_a_whole_conversation(name):
 
 
 @pytest.mark.parametrize("words, says", [
-    ("--task gp-wrong --method fixed", "--graded 1: leave 0 of 100 demonstrations, fewer than --sft-batch 64; where there is nothing to imitate, "
-                                       "use --method rl"),
-    ("--task gp --method amft --shown 40", "--shown 40, --graded 1: leave 40 of 100 demonstrations, fewer than --sft-batch 64"),
+    ("--task gp-wrong --method fixed", "--graded 1: leaves 0 of 100 demonstrations, so there is nothing to imitate: use --method rl"),
+    ("--task gp --method amft --shown 40", "--shown 40, --graded 1: leaves 40 of 100 demonstrations, fewer than --sft-batch 64"),
+    ("--task gp --method sft --shown 101", "--shown 101: must be at most --demos, 100"),
     *((f"--task gp --method {name}", f"--graded: is not used by --method {name}") for name in ["rl", "relift"])])
 def test_grading_where_nothing_is_left_or_imitated_is_refused(tmp_path, capsys, words, says):
     with pytest.raises(SystemExit) as stop:
@@ -820,7 +820,7 @@ def test_every_method_grades_its_demonstrations_or_refuses_to(tmp_path):
     assert len(few.choose_prompts(amft.Step(2, 0.1, random.Random(0)))) == 90
     assert max(rivals.METHODS["fixed"](dataclasses.replace(config, shown=0), task).kept) > 40
     ungraded = {name for name, flags in rivals.METHOD_FLAGS.items() if "graded" in flags.unused}
-    assert ungraded == {"rl", "relift", "gac", "superrl", "hpt", "dyme", "luffy", "srft"}
+    assert ungraded == {"rl", "amft-auto", "relift", "gac", "superrl", "hpt", "dyme", "luffy", "srft"}
 
 
 # --- Merging --------------------------------------------------------------------------------------
