@@ -330,7 +330,7 @@ def everything(table):
 def draw(table, path):
     """Outcome against mu in each setting, rectified above and plain below, and where AMFT's runs ended."""
     from matplotlib.figure import Figure
-    figure = Figure((13, 6.4), layout="constrained")
+    figure = Figure((13, 6.6), layout="constrained")
     axes = figure.subplots(2, len(SETTINGS), sharey=True)
     for row, (settings, loss) in zip(axes, ((SETTINGS, "rectified loss"), (PLAIN, "plain loss"))):
         for axis, (setting, title) in zip(row, settings.items()):
@@ -340,7 +340,7 @@ def draw(table, path):
     for axis in axes[1]:
         axis.set_xlabel("mu (beyond the line: without one)")
     axes[0][0].set_ylim(bottom=-0.5)  # when all is drawn: it ends the autoscaling
-    axes[0][0].legend(fontsize=7, loc="lower center")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=9)
     figure.savefig(path, dpi=110)
     print(path)
 
@@ -360,6 +360,8 @@ def panel(axis, study, own):
     axis.plot([], [], ".", color="grey", label="a seed")
     for name in held:
         axis.plot([MU[name]] * len(own[name]), own[name], ".", color="tab:red", alpha=0.5)
+    if "fixed-0.5-graded" in own:
+        axis.plot(0.5, statistics.mean(own["fixed-0.5-graded"]), "P", color="tab:cyan", markersize=9, label=GRADED["fixed-0.5-graded"])
     last = [study.of("amft", "step", seed)[-1]["mu"] for seed in study.seeds("amft")]
     axis.plot(last, own["amft"], "*", color="black", markersize=11, label="AMFT, a seed, at its last mu")
     axis.axhline(statistics.mean(own["amft"]), color="black", linewidth=0.8, linestyle=":", label="AMFT, mean")
