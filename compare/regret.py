@@ -5,7 +5,7 @@
 A method's regret in a setting is how far its outcome is below that of the best run there, in points. The question is
 asked twice: with rectified imitation, this project's default, and with the plain loss, the paper's Eq. 2; and once more of
 both together, with a loss between them. Outcome, settings and what must be reached were written down before the runs:
-"settings", "plain" and "trsft" in worn.json. One learning rate of each method for all settings, found where all
+"settings", "plain", "trsft", "graded" and "few" in worn.json. One learning rate of each method for all settings, found where all
 demonstrations are right; every mixture has that of mu = 0.5.
 """
 
@@ -110,8 +110,8 @@ def regrets(means, names, found):
 
 def deviation(setting, own):
     """Standard deviation over seeds, one for all runs of a setting, but for those where every seed has 0."""
-    cells = [values for name, values in own.items()
-             if name not in stood(setting, own) and name.partition(",")[0] not in CHOSEN and len(values) > 1 and any(values) and (name != "rl" or setting not in RL_OF)]
+    borrowed = {*CHOSEN, *stood(setting, own), *(["rl"] if setting in RL_OF else [])}
+    cells = [values for name, values in own.items() if name not in borrowed and len(values) > 1 and any(values)]
     freedom = sum(len(values) - 1 for values in cells)
     if not freedom:
         raise ValueError(f"setting '{setting}' has no run of two seeds")
@@ -120,8 +120,7 @@ def deviation(setting, own):
 
 def stood(setting, own):
     """{graded row: the run that stands in for it} of a setting."""
-    graded = [name for name in own if name.partition(",")[0] in GRADED]
-    return {name: stand_in(setting, name) for name in graded if stand_in(setting, name)}
+    return {name: same for name in own if name.partition(",")[0] in GRADED and (same := stand_in(setting, name))}
 
 
 def redrawn(found, draws, seed=0):
@@ -161,7 +160,7 @@ def rows(seen, means, open_ones):
         method, comma, loss = name.partition(", ")
         cells = [ROWS[method] + comma + loss, *(f"{own[name]:.1f}" for own in means.values())]
         for summary in (statistics.mean, max):
-            cells.append(f"{round(summary(seen[name]), 1) + 0.0:.1f} {middle([summary(one[name]) for one in open_ones])}")
+            cells.append(f"{summary(seen[name]):z.1f} {middle([summary(one[name]) for one in open_ones])}")
         lines.append(cells)
     return lines
 
@@ -233,14 +232,14 @@ def any_loss(table, draws=2000):
     means = averages(found)
     open_ones = [regrets(one, names, found) for one in redrawn(found, draws)]
     seen = regrets(means, names, found)
+    claims = [("That the worst regret of a constant with TrSFT is below that of every constant and of AMFT with another loss", is_insurance),
+              ("That AMFT with TrSFT has a worst and a mean regret below those of both constants with it", learns_mu)]
+    if "fixed-0.5-graded, TrSFT" in seen:
+        claims.append(("That mu = 0.5 with TrSFT and graded demonstrations has a worst regret below those of AMFT and both constants with "
+                       "it, and of RL", partial(grading_is_insurance, loss=", TrSFT")))
     verdicts = [f"{what} {'holds' if holds(seen) else 'does not hold'} by the means, and holds in "
                 f"{100 * statistics.mean(holds(one) for one in open_ones):.0f}% of the redrawings."
-                for what, holds in (
-                    ("That the worst regret of a constant with TrSFT is below that of every constant and of AMFT with another loss",
-                     is_insurance),
-                    ("That AMFT with TrSFT has a worst and a mean regret below those of both constants with it", learns_mu),
-                *[("That mu = 0.5 with TrSFT and graded demonstrations has a worst regret below those of AMFT and both constants with it, "
-                   "and of RL", partial(grading_is_insurance, loss=", TrSFT"))] * ("fixed-0.5-graded, TrSFT" in seen))]
+                for what, holds in claims]
     return ["", "## Regret, whichever loss", "",
             "To the setting's best run of two seeds or more with any of the losses. TrSFT: a token's -log p times min(1, p / 0.1), "
             "between rectified (p) and plain (1), as all else at a learning rate of its own."

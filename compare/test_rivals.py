@@ -741,21 +741,18 @@ def test_a_worse_expert_makes_the_same_mistake_whenever_it_is_asked():
     assert len(said) < 3000  # some deals came more than once
 
 
-def test_rl_on_a_task_with_a_worse_expert_is_rl_on_general_points(tmp_path):
-    def log(name):
-        rivals.main(["--task", name, "--model", "base", "--method", "rl", "--steps", "2", "--prompts", "2",
-                     "--samples", "2", "--eval-n", "2", "--eval-samples", "1", "--out", str(tmp_path / name)])
-        rows = logs.read(tmp_path / name)
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows[1:]]
-    assert log("gp") == log("gp-wrong") == log("gp-form")
-
-
 def small_run(tmp_path, name, *words):
     """The run's rows, without seconds and what it was started with."""
     rivals.main(["--model", "base", "--steps", "3", "--demos", "100", "--splits", "val", "--before", "0",
                  "--eval-n", "2", "--eval-samples", "1", "--val-every", "0", "--out", str(tmp_path / name), *words])
     rows = logs.read(tmp_path / name)
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows[1:]]
+
+
+def test_rl_on_a_task_with_a_worse_expert_is_rl_on_general_points(tmp_path):
+    def log(name):
+        return small_run(tmp_path, name, "--task", name, "--method", "rl", "--prompts", "2", "--samples", "2")
+    assert log("gp") == log("gp-wrong") == log("gp-form")
 
 
 @pytest.mark.parametrize("method", ["amft", "sft", "trsft"])
@@ -804,7 +801,7 @@ def test_grading_where_nothing_is_left_or_imitated_is_refused(tmp_path, capsys, 
     assert stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_every_method_grades_its_demonstrations_or_refuses_to(tmp_path):
+def test_every_method_grades_its_demonstrations_or_refuses_to():
     """One that says --graded 1 and imitates the wrong ones, too."""
     task = experts.EXPERTS["gp-half"]()
     for name, flags in rivals.METHOD_FLAGS.items():
