@@ -1,10 +1,10 @@
-"""General Points with a worse expert: its formulas miss the target, or are right and in a form that counts as wrong.
+"""General Points and mathematics with a worse expert: its answers are wrong, or right in a form that counts as wrong.
 
-    python compare/rivals.py --task gp-wrong --method amft     # every demonstration is wrong
-    python compare/rivals.py --task gp-half --method amft      # one in two
+    python compare/rivals.py --task gp-wrong --method amft     # every demonstration is wrong; math-wrong
+    python compare/rivals.py --task gp-half --method amft      # one in two; math-half
     python compare/rivals.py --task gp-form --method amft      # every one is right, and written the other way round
 
-Deals, splits, grading and prompts are those of gp, so a run of RL is the same there to the last digit.
+Problems, splits, grading and prompts are those of gp and math, so a run of RL is the same there to the last digit.
 """
 
 import json
@@ -46,4 +46,24 @@ class OtherForm(tasks.GeneralPoints):
     episode = Reversed
 
 
-EXPERTS = {"gp-wrong": WrongExpert, "gp-half": HalfWrongExpert, "gp-form": OtherForm}
+class Slips(tasks.Mathematics):
+    """Each problem's demonstration is right up to its last step, whose result is 1 to 9 too much or too little."""
+    share = 1.0  # of the problems; the others have a right one
+
+    def draw(self, split, rng):
+        problem = super().draw(split, rng)
+        own = random.Random(f"expert {problem.unit}")
+        if own.random() < self.share:
+            value = tasks.number(problem.answer)
+            wrong = own.choice([value + by for by in range(-9, 10) if by and value + by >= 0])
+            work = problem.solution.rpartition(" = ")[0]
+            problem.solution = f"{work} = {wrong}. Answer: \\boxed{{{wrong}}}"
+        return problem
+
+
+class HalfSlips(Slips):
+    share = 0.5
+
+
+EXPERTS = {"gp-wrong": WrongExpert, "gp-half": HalfWrongExpert, "gp-form": OtherForm,
+           "math-wrong": Slips, "math-half": HalfSlips}
