@@ -3,9 +3,9 @@
     python compare/regret.py    # the tables, and compare/recorded/regret.png, from recorded/worn.jsonl alone
 
 A method's regret in a setting is how far its outcome is below that of the best run there, in points. The question is
-asked twice: with rectified imitation, this project's default, and with the plain loss, the paper's Eq. 2; and once more of
-both together, with a loss between them. Outcome, settings and what must be reached were written down before the runs:
-"settings", "plain", "trsft", "graded" and "few" in worn.json. One learning rate of each method for all settings, found where all
+asked twice: with rectified imitation, this project's default, and with the plain loss, the paper's Eq. 2; once more of both
+together, with a loss between them; and of mathematics. Outcome, settings and what must be reached were written down before
+the runs: "settings", "plain", "trsft", "graded", "few" and "tasks" in worn.json. One learning rate of each method for all settings, found where all
 demonstrations are right; every mixture has that of mu = 0.5.
 """
 
@@ -23,6 +23,7 @@ from compare.tables import markdown  # noqa: E402
 SETTINGS = {"": "all right", "half": "half wrong", "wrong": "all wrong", "weak": "weak base"}
 PLAIN = {"right-nll": "all right", "half-nll": "half wrong", "wrong-nll": "all wrong", "weak-nll": "weak base"}
 BETWEEN = {"right-trsft": "all right", "half-trsft": "half wrong", "wrong-trsft": "all wrong", "weak-trsft": "weak base"}
+MATHEMATICS = {"math": "all right", "math-half": "half wrong", "math-wrong": "all wrong", "math-weak": "weak base"}  # plain loss
 BY_LOSS = {"rectified": SETTINGS, "TrSFT": BETWEEN, "plain": PLAIN}  # a token's -log p times p, min(1, p / 0.1), 1
 TITLES = {"all right": "demonstrations right", "half wrong": "half of them wrong", "all wrong": "all of them wrong",
           "weak base": "weak base"}
@@ -31,7 +32,8 @@ LOSSES = {"wrong": "all wrong, rectified", "slow-nll": "all wrong, plain", "form
 FEW = {"few": "32 shown, rectified", "few-nll": "32 shown, plain"}
 # RL reads no demonstrations: its runs in a setting are those of another, to the last digit.
 RL_OF = dict.fromkeys(["half", "wrong", "form", "nll", "slow-nll", "right-nll", "half-nll", "wrong-nll",
-                       "right-trsft", "half-trsft", "wrong-trsft", "few", "few-nll"], "") | {"weak-nll": "weak", "weak-trsft": "weak"}
+                       "right-trsft", "half-trsft", "wrong-trsft", "few", "few-nll"], "") | {
+                           "weak-nll": "weak", "weak-trsft": "weak", "math-half": "math", "math-wrong": "math"}
 METHODS = {"rl": "RL", "fixed-0.1": "mu = 0.1", "fixed-0.5": "mu = 0.5", "fixed-0.9": "mu = 0.9", "sft": "SFT",
            "sft-rl": "SFT then RL", "soup": "SFT and RL, merged", "race": "race of three mus", "amft-null": "AMFT told noise", "amft-replay": "AMFT, another seed's mu",
            "amft-cold": "AMFT told success at 0.3",
@@ -44,6 +46,11 @@ RACERS = ["fixed-0.1", "fixed-0.5", "fixed-0.9"]
 GRADED = {"fixed-0.5-graded": "mu = 0.5, graded demonstrations", "amft-graded": "AMFT, graded demonstrations"}
 ROWS = METHODS | GRADED | CHOSEN
 MU = {"fixed-0.1": 0.1, "fixed-0.3": 0.3, "fixed-0.5": 0.5, "fixed-0.7": 0.7, "fixed-0.9": 0.9}
+
+
+def constants(known):
+    """Of the constants those that are known."""
+    return [name for name in CONSTANTS if name in known]
 
 
 def outcomes(table, settings=tuple(SETTINGS)):
@@ -66,10 +73,10 @@ def stand_in(setting, name):
     """Whose runs those with graded demonstrations are; None: its own.
 
     Where nothing is rejected, bit for bit those without grading; where all are, RL's, at its own learning rate."""
-    kind = setting.partition("-")[0]
-    if kind == "wrong":
+    kind = setting.split("-")
+    if "wrong" in kind:
         return "rl"
-    return name.replace("-graded", "") if kind in ("", "right", "weak") else None
+    return name.replace("-graded", "") if setting == "math" or {"", "right", "weak"} & {*kind} else None
 
 
 def chosen(study):
@@ -93,9 +100,9 @@ def averages(found):
 
 
 def everywhere(found):
-    """The methods that ran in every setting. ValueError where AMFT or a constant did not."""
+    """The methods that ran in every setting. ValueError where AMFT, or a constant that ran in one, did not."""
     missing = [f"{setting}/{name}" for setting, own in found.items() for name in ROWS if name not in own]
-    needed = [name for name in missing if name.rpartition("/")[2] in ("amft", *CONSTANTS)]
+    needed = [name for name in missing if name.rpartition("/")[2] in ("amft", *constants(set().union(*found.values())))]
     if needed:
         raise ValueError(f"there are no runs of {', '.join(needed)}")
     return [name for name in ROWS if not any(one.endswith(f"/{name}") for one in missing)]
@@ -149,8 +156,8 @@ def middle(values):
 
 def earns_its_place(regret):
     """As worn.json says: AMFT's worst regret below every constant's, its mean not above the best constant's."""
-    least = max(regret["amft"]) < min(max(regret[name]) for name in CONSTANTS)
-    return least and sum(regret["amft"]) <= min(sum(regret[name]) for name in CONSTANTS)
+    held = [regret[name] for name in constants(regret)]
+    return max(regret["amft"]) < min(map(max, held)) and sum(regret["amft"]) <= min(map(sum, held))
 
 
 def rows(seen, means, open_ones):
@@ -175,7 +182,7 @@ def section(table, settings=SETTINGS, title="Regret", draws=2000):
     lines = rows(seen, means, open_ones)
     differences = []
     for summary, what in ((statistics.mean, "mean"), (max, "worst")):
-        best = min(CONSTANTS, key=lambda name: summary(seen[name]))
+        best = min(constants(seen), key=lambda name: summary(seen[name]))
         values = [summary(one["amft"]) - summary(one[best]) for one in open_ones]
         difference = summary(seen["amft"]) - summary(seen[best])
         differences.append(f"{what} regret less that of {METHODS[best]}, the least of a constant's: "
@@ -315,6 +322,14 @@ def few(table):
             *seed_by_seed(table, FEW)]
 
 
+def elsewhere(table):
+    """Lines: the same question in mathematics."""
+    if not Study(table, "math").names:
+        return []
+    return [*section(table, MATHEMATICS, "Mathematics: regret with the plain loss"), "", "Each seed in brackets:", "",
+            *seed_by_seed(table, MATHEMATICS)]
+
+
 def deciding(table):
     """Lines: the two rows that decide."""
     return ["", "## AMFT and mu = 0.5, seed by seed", "", "With the rectified loss; from seed 20 on.",
@@ -323,7 +338,8 @@ def deciding(table):
 
 def everything(table):
     """Lines of all tables."""
-    return section(table) + section(table, PLAIN, "Regret with the plain loss") + deciding(table) + any_loss(table) + losses(table) + few(table)
+    lines = section(table) + section(table, PLAIN, "Regret with the plain loss") + deciding(table) + any_loss(table) + losses(table)
+    return lines + few(table) + elsewhere(table)
 
 
 def draw(table, path):

@@ -1,5 +1,6 @@
 """python -m pytest -q compare/test_rivals.py: minutes. Each rule against its published loss, slowly."""
 
+import collections
 import dataclasses
 import gc
 import inspect
@@ -8,6 +9,7 @@ import math
 import random
 import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -721,6 +723,23 @@ def test_a_worse_expert_uses_the_cards_and_misses_the_target(name, least, most):
     assert least <= missed / len(deals) <= most
 
 
+@pytest.mark.parametrize("name, least, most", [("math-wrong", 1.0, 1.0), ("math-half", 0.45, 0.55)])
+def test_an_expert_that_slips_is_right_up_to_its_last_result(name, least, most):
+    """A slip that earns a reward, is negative, or comes earlier; another answer than what was worked out."""
+    problems = experts.EXPERTS[name]().training(1000, random.Random(3))
+    off = collections.Counter()
+    for problem, same in zip(problems, tasks.TASKS["math"]().training(1000, random.Random(3))):
+        assert (problem.prompt, problem.answer, problem.unit) == (same.prompt, same.answer, same.unit)
+        work, said = problem.solution.rsplit(" = ", 1)
+        result, box = re.fullmatch(r"([0-9/]+)\. Answer: \\boxed\{(.*)\}", said).groups()
+        assert same.solution.startswith(f"{work} = ") and box == result
+        wrong = problem.grade(problem.solution) == "wrong_answer"
+        assert wrong == (problem.solution != same.solution)
+        off[Fraction(result) - Fraction(same.answer)] += 1
+    assert set(off) == {0, *range(-9, 0), *range(1, 10)} - ({0} if least == 1 else set())
+    assert least <= 1 - off[0] / 1000 <= most
+
+
 def test_an_expert_in_another_form_is_right_and_counts_as_wrong():
     """A formula that is wrong, or one that the grader takes."""
     deals = experts.EXPERTS["gp-form"]().training(200, random.Random(3))
@@ -733,12 +752,12 @@ def test_an_expert_in_another_form_is_right_and_counts_as_wrong():
 
 
 def test_a_worse_expert_makes_the_same_mistake_whenever_it_is_asked():
-    task = experts.EXPERTS["gp-half"]()
-    said = {}
-    for deal in task.training(3000, random.Random(4)):
-        fits = deal.grade(deal.expert) == "correct"
-        assert said.setdefault(deal.numbers, fits) == fits
-    assert len(said) < 3000  # some deals came more than once
+    for name, same in (("gp-half", "numbers"), ("math-half", "unit")):
+        said = {}
+        for episode in experts.EXPERTS[name]().training(3000, random.Random(4)):
+            fits = episode.grade(episode.expert) == "correct"
+            assert said.setdefault(getattr(episode, same), fits) == fits
+        assert len(said) < 3000  # some came more than once
 
 
 def small_run(tmp_path, name, *words):
@@ -749,10 +768,11 @@ def small_run(tmp_path, name, *words):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows[1:]]
 
 
-def test_rl_on_a_task_with_a_worse_expert_is_rl_on_general_points(tmp_path):
+def test_rl_on_a_task_with_a_worse_expert_is_rl_on_the_task(tmp_path):
     def log(name):
         return small_run(tmp_path, name, "--task", name, "--method", "rl", "--prompts", "2", "--samples", "2")
     assert log("gp") == log("gp-wrong") == log("gp-form")
+    assert log("math") == log("math-wrong")
 
 
 @pytest.mark.parametrize("method", ["amft", "sft", "trsft"])

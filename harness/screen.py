@@ -123,15 +123,17 @@ def percent(row: dict, key: str = "") -> str:
 def table(columns: dict[str, Iterable[dict]]) -> str:
     """The text of a table of success in percent; columns: {heading: eval row of each split}, see harness.evaluation."""
     columns = {heading: list(rows) for heading, rows in columns.items()}
-    line = f"{'right, %':42}"
+    splits = [row["split"] for row in next(iter(columns.values()))]
+    labels = [words(split) + f" ({split})" * (split in WORDS) for split in splits]
+    width = max(42, *map(len, labels))
+    line = f"{'right, %':{width}}"
     for heading, rows in columns.items():
         at = f"{heading}, at T = {rows[0]['temperature']:g}"
         line += f"{at:>26}{'one of ' + str(rows[0]['samples']):>11}{'as trained':>12}"
     lines = [line]
-    for rows in zip(*columns.values()):
+    for label, *rows in zip(labels, *columns.values()):
         cells = [f"{percent(row, 'best'):>26}{100 * row['any']:11.0f}{100 * row['success']:12.1f}" for row in rows]
-        split = rows[0]["split"]
-        lines.append(f"{words(split) + f' ({split})' * (split in WORDS):42}" + "".join(cells))
+        lines.append(f"{label:{width}}" + "".join(cells))
     lines.append("T: each policy's best temperature on the first line's problems; as trained, one of n: at the "
                  "temperature of training")
     return "\n".join(lines)

@@ -36,7 +36,7 @@ import amft  # noqa: E402
 import tasks  # noqa: E402
 from harness import arguments, loading, run as running  # noqa: E402
 from harness.evaluation import evaluation, short_evaluation  # noqa: E402
-from harness.screen import Screen  # noqa: E402
+from harness.screen import Screen, table  # noqa: E402
 
 PROGRAM = str(ROOT / "amft.py")
 slow = pytest.mark.skipif(
@@ -964,6 +964,13 @@ def test_the_table_and_the_sentence_say_the_best_temperature(tmp_path, capsys):
     table_row = next(line for line in printed.splitlines() if line.startswith("training problems (id)"))
     assert table_row.split("(id)")[1].split() == ["5.0%", "[2,", "10]", "50", "50.0", "30.0%", "[28,", "35]", "50", "50.0"]
     assert "Right at its best temperature (0.1 before, 0.1 after), %: validation 35 -> 60, training problems 5 -> 30." in printed
+
+
+def test_a_tables_columns_stand_under_their_headings():
+    """A long split's name, which moves its row to the right."""
+    rows = list(evaluation(looked([]), list(amft.TASKS["virl"].splits), 1, 16))
+    heading, *lines, _ = table({"before": rows, "after": rows}).splitlines()
+    assert len(lines) == 5 and len({len(line) for line in (heading, *lines)}) == 1
 
 
 @pytest.mark.parametrize("name", list(amft.TASKS))
