@@ -1,7 +1,7 @@
 """The figure of the project: SFT, RL, SFT then RL, a fixed mixture, AMFT and its null at one budget of responses, and mu.
 
     python compare/four.py      # one seed of the six into runs/compare/four-SEED (resumable), table and figure
-    python compare/four.py --recorded   # of the recorded seeds: compare/recorded/four.png, the README's tables
+    python compare/four.py --recorded   # of the recorded seeds: compare/recorded/four.png, compare/README.md's first table
 
 They are rows of the study worn (compare/worn.json), with the flags that its search chose.
 """
