@@ -830,17 +830,26 @@ def test_a_regret_table_without_amft_is_refused_in_a_line():
     assert "merged" not in "".join(regret.section(without_soup, draws=50)[5:])
 
 
-def test_a_question_with_fewer_constants_is_judged_by_those():
+@pytest.mark.parametrize("best", ["rl", "fixed-0.1", "sft"])
+def test_a_question_with_fewer_constants_is_judged_by_those(best):
     """A verdict that asks for a constant that never ran, or overlooks one that ran; one that failed in a setting, left out."""
     def outcome(setting, name, seed):
-        return (30 if name == "fixed-0.1" else 10 if name in ("fixed-0.5", "sft", "rl") else 20) + 0.2 * seed
+        return (30 if name == best else 10 if name in regret.CONSTANTS else 20) + 0.2 * seed
     ran = [row for row in settings_of(outcome, settings=regret.MATHEMATICS) if "fixed-0.9" not in row.get("run", "")]
     text = "\n".join(regret.section(ran, regret.MATHEMATICS, "Mathematics", draws=50))
-    assert "mu = 0.9" not in text and "less that of mu = 0.1, the least of a constant's: +10.0" in text and "is not reached" in text
-    better = [row for row in ran if "fixed-0.1" not in row.get("run", "")]
-    assert "is reached by the means" in "\n".join(regret.section(better, regret.MATHEMATICS, "Mathematics", draws=50))
-    with pytest.raises(ValueError, match="no runs of math-half/fixed-0.1"):
-        regret.section([row for row in ran if row.get("run") != "math-half/fixed-0.1"], regret.MATHEMATICS)
-    lines = regret.elsewhere(ran)
+    assert "mu = 0.9" not in text and f"less that of {regret.METHODS[best]}, the least of a constant's: +10.0" in text
+    assert "is not reached" in text
+    for setting in regret.MATHEMATICS:
+        with pytest.raises(ValueError, match=f"no runs of {setting}/fixed-0.1"):
+            regret.section([row for row in ran if row.get("run") != f"{setting}/fixed-0.1"], regret.MATHEMATICS)
+
+
+def test_mathematics_has_a_table_of_its_own_where_it_ran():
+    """Runs of General Points in it; an error where there are none."""
+    def outcome(setting, name, seed):
+        return 10 * (setting in regret.MATHEMATICS) + (name == "amft") + 0.2 * seed
+    ran = settings_of(outcome, settings=[*regret.SETTINGS, *regret.MATHEMATICS])
+    lines = regret.elsewhere([row for row in ran if "fixed-0.1" not in row.get("run", "")])
+    assert "is reached by the means" in "".join(lines)
     assert "| RL | 10.3 (10.2, 10.4) | 10.3 (10.2, 10.4) | 10.3 (10.2, 10.4) | 10.3 (10.2, 10.4) |" in lines
     assert regret.elsewhere(settings_of(outcome)) == []
