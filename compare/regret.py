@@ -34,11 +34,11 @@ FEW = {"few": "32 shown, rectified", "few-nll": "32 shown, plain"}
 RL_OF = dict.fromkeys(["half", "wrong", "form", "nll", "slow-nll", "right-nll", "half-nll", "wrong-nll",
                        "right-trsft", "half-trsft", "wrong-trsft", "few", "few-nll"], "") | {
                            "weak-nll": "weak", "weak-trsft": "weak", "math-half": "math", "math-wrong": "math"}
-METHODS = {"rl": "RL", "fixed-0.1": "mu = 0.1", "fixed-0.5": "mu = 0.5", "fixed-0.9": "mu = 0.9", "sft": "SFT",
+METHODS = {"rl": "RL", "fixed-0.1": "mu = 0.1", "fixed-0.3": "mu = 0.3", "fixed-0.5": "mu = 0.5", "fixed-0.9": "mu = 0.9", "sft": "SFT",
            "sft-rl": "SFT then RL", "soup": "SFT and RL, merged", "race": "race of three mus", "amft-null": "AMFT told noise", "amft-replay": "AMFT, another seed's mu",
            "amft-cold": "AMFT told success at 0.3",
            "amft-sum": "AMFT, evidence added up", "amft-paper": "AMFT, Eq. 6 as printed", "amft": "AMFT"}
-CONSTANTS = ["rl", "fixed-0.1", "fixed-0.5", "fixed-0.9", "sft"]  # of mu: 0 and 1 are RL and SFT, at rates of their own
+CONSTANTS = ["rl", "fixed-0.1", "fixed-0.3", "fixed-0.5", "fixed-0.9", "sft"]  # of mu: 0 and 1 are RL and SFT, at rates of their own
 # No run of its own: the held mu that race.py's heats would choose, run in full, a third more steps than the others in all.
 CHOSEN = {"choice": "what a race chooses, run in full"}
 RACERS = ["fixed-0.1", "fixed-0.5", "fixed-0.9"]
@@ -100,9 +100,10 @@ def averages(found):
 
 
 def everywhere(found):
-    """The methods that ran in every setting. ValueError where AMFT, or a constant that ran in one, did not."""
+    """The methods that ran in every setting. ValueError where AMFT, or a constant that ran in more than one, did not."""
     missing = [f"{setting}/{name}" for setting, own in found.items() for name in ROWS if name not in own]
-    needed = [name for name in missing if name.rpartition("/")[2] in ("amft", *constants(set().union(*found.values())))]
+    often = [name for name in CONSTANTS if sum(name in own for own in found.values()) > 1]
+    needed = [name for name in missing if name.rpartition("/")[2] in ("amft", *often)]
     if needed:
         raise ValueError(f"there are no runs of {', '.join(needed)}")
     return [name for name in ROWS if not any(one.endswith(f"/{name}") for one in missing)]
@@ -343,18 +344,24 @@ def everything(table):
 
 
 def draw(table, path):
-    """Outcome against mu in each setting, rectified above and plain below, and where AMFT's runs ended."""
+    """Outcome against mu in each setting, rectified above and plain below, then mathematics, and where AMFT's runs ended."""
     from matplotlib.figure import Figure
-    figure = Figure((13, 6.6), layout="constrained")
-    axes = figure.subplots(2, len(SETTINGS), sharey=True)
-    for row, (settings, loss) in zip(axes, ((SETTINGS, "rectified loss"), (PLAIN, "plain loss"))):
+    wanted = ((SETTINGS, "General Points, rectified loss"), (PLAIN, "General Points, plain loss"), (MATHEMATICS, "mathematics, plain loss"))
+    drawn = [(settings, what) for settings, what in wanted if Study(table, list(settings)[0]).names]
+    figure = Figure((13, 3.3 * len(drawn)), layout="constrained")
+    axes = figure.subplots(len(drawn), len(SETTINGS), sharey="row")
+    for row, (settings, what) in zip(axes, drawn):
         for axis, (setting, title) in zip(row, settings.items()):
             panel(axis, Study(table, setting), outcomes(table, [setting])[setting])
-            axis.set_title(f"{TITLES[title]}, {loss}", fontsize=10)
-        row[0].set_ylabel("right at the best temperature, %,\ntraining and unseen deals")
-    for axis in axes[1]:
+            axis.set_title(TITLES[title], fontsize=10)
+        row[0].set_ylabel(f"{what}:\nright at the best temperature, %")
+    for axis in axes[-1]:
         axis.set_xlabel("mu (beyond the line: without one)")
-    axes[0][0].set_ylim(bottom=-0.5)  # when all is drawn: it ends the autoscaling
+    highest = max(row[0].get_ylim()[1] for row in axes[:2])  # when all is drawn: a limit ends the autoscaling
+    for row in axes[:2]:  # General Points, to one scale
+        row[0].set_ylim(top=highest)
+    for row in axes:
+        row[0].set_ylim(bottom=-0.5)
     figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=9)
     figure.savefig(path, dpi=110)
     print(path)

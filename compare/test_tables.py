@@ -38,8 +38,8 @@ def test_the_readmes_print_the_recorded_tables():
     shown = lines[lines.index(rows[0]):]  # its table has fewer rows
     shown = shown[:shown.index("")]
     assert set(shown) <= set(rows)
-    assert {"AMFT", "mu = 0.5, graded demonstrations", *(regret.METHODS[name] for name in regret.CONSTANTS)} <= {
-        row.split(" | ")[0].removeprefix("| ") for row in shown}
+    held = {regret.METHODS[name] for name in regret.CONSTANTS if name != "fixed-0.3"}  # it ran where all is right alone
+    assert {"AMFT", "mu = 0.5, graded demonstrations", *held} <= {row.split(" | ")[0].removeprefix("| ") for row in shown}
     readme = (ROOT / "compare" / "README.md").read_text()
     for settings in (regret.SETTINGS, regret.PLAIN):
         tabled = [line for line in regret.section(worn, settings) if line.startswith("|")]
@@ -835,7 +835,8 @@ def test_a_question_with_fewer_constants_is_judged_by_those(best):
     """A verdict that asks for a constant that never ran, or overlooks one that ran; one that failed in a setting, left out."""
     def outcome(setting, name, seed):
         return (30 if name == best else 10 if name in regret.CONSTANTS else 20) + 0.2 * seed
-    ran = [row for row in settings_of(outcome, settings=regret.MATHEMATICS) if "fixed-0.9" not in row.get("run", "")]
+    ran = [row for row in settings_of(outcome, settings=regret.MATHEMATICS)
+           if "fixed-0.9" not in row.get("run", "") or row["run"] == "math/fixed-0.9"]  # in a single setting
     text = "\n".join(regret.section(ran, regret.MATHEMATICS, "Mathematics", draws=50))
     assert "mu = 0.9" not in text and f"less that of {regret.METHODS[best]}, the least of a constant's: +10.0" in text
     assert "is not reached" in text
