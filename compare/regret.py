@@ -327,7 +327,7 @@ def elsewhere(table):
     """Lines: the same question in mathematics."""
     if not Study(table, "math").names:
         return []
-    return [*section(table, MATHEMATICS, "Mathematics: regret with the plain loss"), "", "Each seed in brackets:", "",
+    return [*section(table, MATHEMATICS, "Mathematics: regret with the plain loss"), "", "Each seed in brackets:",
             *seed_by_seed(table, MATHEMATICS)]
 
 

@@ -41,7 +41,7 @@ def test_the_readmes_print_the_recorded_tables():
     held = {regret.METHODS[name] for name in regret.CONSTANTS if name != "fixed-0.3"}  # it ran where all is right alone
     assert {"AMFT", "mu = 0.5, graded demonstrations", *held} <= {row.split(" | ")[0].removeprefix("| ") for row in shown}
     readme = (ROOT / "compare" / "README.md").read_text()
-    for settings in (regret.SETTINGS, regret.PLAIN):
+    for settings in (regret.SETTINGS, regret.PLAIN, regret.MATHEMATICS):
         tabled = [line for line in regret.section(worn, settings) if line.startswith("|")]
         assert "\n".join(tabled) in readme
     assert "\n".join(line for line in regret.few(worn) if line.startswith("|")) in readme
