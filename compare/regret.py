@@ -346,11 +346,10 @@ def everything(table):
 def draw(table, path):
     """Outcome against mu in each setting, rectified above and plain below, then mathematics, and where AMFT's runs ended."""
     from matplotlib.figure import Figure
-    wanted = ((SETTINGS, "General Points, rectified loss"), (PLAIN, "General Points, plain loss"), (MATHEMATICS, "mathematics, plain loss"))
-    drawn = [(settings, what) for settings, what in wanted if Study(table, list(settings)[0]).names]
-    figure = Figure((13, 3.3 * len(drawn)), layout="constrained")
-    axes = figure.subplots(len(drawn), len(SETTINGS), sharey="row")
-    for row, (settings, what) in zip(axes, drawn):
+    questions = {"General Points, rectified loss": SETTINGS, "General Points, plain loss": PLAIN, "mathematics, plain loss": MATHEMATICS}
+    figure = Figure((13, 9.9), layout="constrained")
+    axes = figure.subplots(len(questions), len(SETTINGS), sharey="row")
+    for row, (what, settings) in zip(axes, questions.items()):
         for axis, (setting, title) in zip(row, settings.items()):
             panel(axis, Study(table, setting), outcomes(table, [setting])[setting])
             axis.set_title(TITLES[title], fontsize=10)
