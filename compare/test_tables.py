@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def test_the_readmes_print_the_recorded_tables():
     shown = lines[lines.index(rows[0]):]  # its table has fewer rows
     shown = shown[:shown.index("")]
     assert set(shown) <= set(rows)
-    held = {regret.METHODS[name] for name in regret.CONSTANTS if name != "fixed-0.3"}  # it ran where all is right alone
+    held = {regret.METHODS[name] for name in regret.CONSTANTS if name not in ("fixed-0.3", "fixed-0.4")}  # not in each setting
     assert {"AMFT", "mu = 0.5, graded demonstrations", *held} <= {row.split(" | ")[0].removeprefix("| ") for row in shown}
     readme = (ROOT / "compare" / "README.md").read_text()
     for settings in (regret.SETTINGS, regret.PLAIN, regret.MATHEMATICS):
@@ -853,4 +854,28 @@ def test_mathematics_has_a_table_of_its_own_where_it_ran():
     lines = regret.elsewhere([row for row in ran if "fixed-0.1" not in row.get("run", "")])
     assert "is reached by the means" in "".join(lines)
     assert "| RL | 10.3 (10.2, 10.4) | 10.3 (10.2, 10.4) | 10.3 (10.2, 10.4) | 10.3 (10.2, 10.4) |" in lines
-    assert regret.elsewhere(settings_of(outcome)) == []
+    assert regret.elsewhere(settings_of(outcome)) == [] and "again" not in "".join(lines)
+
+
+@pytest.mark.parametrize("cosine, verdict", [
+    (40, "it is by the means, and is in 100% of"), (60, "it is not by the means, and is in 0% of")])
+def test_fresh_seeds_of_mathematics_are_judged_by_themselves(cosine, verdict):
+    """Older seeds in their table, runs that they do not have, General Points' seeds, a verdict of the falling mu's that is another's."""
+    def outcome(setting, name, seed):
+        if seed < regret.AGAIN:
+            return 10
+        return dict(amft=50, cosine=cosine if setting == "math-wrong" else 50).get(name, 30) + 0.2 * (seed - regret.AGAIN)
+    first, last = regret.AGAIN - 2, regret.AGAIN
+    everything = settings_of(outcome, seeds=(first, first + 1, last, last + 1), settings=[*regret.SETTINGS, *regret.MATHEMATICS])
+    ran = [row for row in everything if row.get("seed", 0) < last or row["run"].rpartition("/")[2] not in ("rl", "race", "soup")]
+    lines = regret.elsewhere(ran)
+    again = lines[next(i for i, line in enumerate(lines) if "again" in line):]
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in again if line.startswith("| ")}
+    assert rows["| AMFT"][1:5] == ["50.1"] * 4 and rows["| mu = 0.4"][1:5] == ["30.1"] * 4
+    assert not {"| RL", "| race of three mus"} & set(rows)
+    assert "Seeds in the settings, at most: 2, 2, 2, 2" in "".join(again) and verdict in "".join(again)
+    for what, expected in (("worst", cosine - 50), ("mean", (cosine - 50) / 4)):
+        difference, low, high = map(float, re.search(rf"{what} regret ([+-].*?) \[(.*?), (.*?)\]", "".join(again[-4:])).groups())
+        assert difference == expected and low < difference < high and high - low < 1
+    before = [row for row in everything if row.get("seed", 0) < last or row["run"].rpartition("/")[0] not in regret.MATHEMATICS]
+    assert "again" not in "".join(regret.elsewhere(before))
