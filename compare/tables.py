@@ -41,11 +41,14 @@ def mean_and_half(values):
 
 
 def interval(values, form=".1f"):
+    """Mean and interval; of two seeds, whose interval has 12.7 times their error, both values."""
     if not values:
         return "-"
     mean, half = mean_and_half(values)
     if math.isnan(half):
         return format(mean, form)
+    if len(values) == 2:
+        return f"{format(mean, form)} ({', '.join(format(value, form) for value in values)})"
     return f"{format(mean, form)} ± {format(half, form)}"
 
 
@@ -331,7 +334,7 @@ def plain(table):
     text = [
         f"# {name}", "",
         f"Made by `python compare/tables.py {name}` from `{name}.jsonl`. Percent, at the end of the "
-        "run; mean over seeds and half-width of its 95% t-interval. Base: the policy before, with the "
+        "run; mean over seeds and half-width of its 95% t-interval, of two seeds both in brackets. Base: the policy before, with the "
         "95% interval over its problems."]
     if len(groups) > 1:
         text += together(table)

@@ -82,6 +82,8 @@ def test_student_t_leaves_a_fortieth_in_each_tail(seeds):
 def test_interval_by_hand():
     """An interval of another width; one of a single seed."""
     assert tables.interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.303 / sqrt(3)
+    assert tables.interval([3.0, 1.0]) == "2.0 (3.0, 1.0)" and tables.interval([1.0]) == "1.0" and tables.interval([]) == "-"
+    assert tables.bold_interval([3.0, 2.9]) == "**3.0 (3.0, 2.9)**" and tables.bold_interval([3.0, 1.0]) == "2.0 (3.0, 1.0)"
     assert tables.interval([0.25], ".2f") == "0.25"
 
 
@@ -250,7 +252,7 @@ def test_the_layout_of_a_new_study(tmp_path):
     for part in (
             "Success of sampled responses at the temperature of training:", "Solved by any", "Greedy success:",
             "| base | - | 50.0 [40, 60] |", "| base | - | 60.0 |", "| base | - | 40.0 |",
-            "| rl | 2 | 75.0 ± 63.5 |", "| rl | 25.0 ± 63.5 |",  # 12.706 * 5
+            "| rl | 2 | 75.0 (70.0, 80.0) |", "| rl | 25.0 (20.0, 30.0) |",
             "| rl | 2 (2 of 2) | 16 |", "| amft | - | - |",  # reach
             "| amft | 4 of 4 | 0.12 | -2.00 | 0 | 0 of 0 | 1 |",  # signs
             "**: 40.0**"):
@@ -271,7 +273,7 @@ def test_a_study_at_the_best_temperature(tmp_path):
         "search/amft.0-9": best(0.9, 0.2), "search/amft.1-9": best(0.1, 0.3)})
     text = "\n".join(lines_of(toy))
     table = text[text.index("own best temperature"):]
-    assert "| rl | 2 | 75.0 ± 63.5 |" in table and "| rl | 15.0 ± 63.5 |" in text
+    assert "| rl | 2 | 75.0 (70.0, 80.0) |" in table and "| rl | 15.0 (10.0, 20.0) |" in text
     assert "**--lr 2: 30.0**" in text and "- amft: `--lr 2`" in text
 
 
@@ -308,7 +310,7 @@ def test_a_table_of_all_groups(tmp_path):
     start = text.index("| group | split | base | rl | amft |") + 2
     assert text[start:start + 2] == [
         "| gp | val | 50.0 [40, 60] | 70.0 | - |",
-        "| virl | val | 50.0 [40, 60] | 30.0 | 40.0 ± 0.0 |"]
+        "| virl | val | 50.0 [40, 60] | 30.0 | 40.0 (40.0, 40.0) |"]
     assert "## gp" in text and "## virl" in text
 
 
@@ -321,7 +323,7 @@ def test_ablations_have_a_table_of_their_own(tmp_path):
     methods, own = "\n".join(lines_of(toy)).split("Ablations, ")
     assert "| half | 2 | 80.0" in methods and "| half | **30.0" in methods
     assert "cold |" not in methods
-    assert "| cold | 2 | 70.0 ± 0.0 |" in own and "| cold | **20.0 ± 0.0** |" in own
+    assert "| cold | 2 | 70.0 (70.0, 70.0) |" in own and "| cold | **20.0 (20.0, 20.0)** |" in own
     assert "| half | 2 | 80.0" not in own
 
 
