@@ -42,15 +42,16 @@ def test_the_readmes_print_the_recorded_tables():
     held = {regret.METHODS[name] for name in regret.CONSTANTS if name not in ("fixed-0.3", "fixed-0.4")}  # not in each setting
     assert {"AMFT", "mu = 0.5, graded demonstrations", *held} <= {row.split(" | ")[0].removeprefix("| ") for row in shown}
     readme = (ROOT / "compare" / "README.md").read_text()
-    for settings in (regret.SETTINGS, regret.PLAIN, regret.MATHEMATICS):
-        tabled = [line for line in regret.section(worn, settings) if line.startswith("|")]
+    fresh = regret.since(worn, regret.AGAIN)
+    for table, settings in ((worn, regret.SETTINGS), (worn, regret.PLAIN), (worn, regret.MATHEMATICS), (fresh, regret.MATHEMATICS)):
+        tabled = [line for line in regret.section(table, settings) if line.startswith("|")]
         assert "\n".join(tabled) in readme
     assert "\n".join(line for line in regret.few(worn) if line.startswith("|")) in readme
     rows = [line for line in regret.any_loss(worn) if line.startswith("|")]
     shown = readme[readme.index("### A loss between"):]
     shown = [line for line in shown[:shown.index("\n### ", 1)].splitlines() if line.startswith("|")]
     assert len(shown) == 14 and set(shown) <= set(rows) and shown == sorted(shown, key=rows.index)
-    for group in (study, logs.Study(worn, "virl-vl")):
+    for group in (study, logs.Study(worn, "virl-vl"), logs.Study(worn, "virl")):
         assert "\n".join(tables.ends(group, group.names, "best")[1:]) in readme
 
 
