@@ -171,7 +171,7 @@ class Study:
             if of == group:
                 self.runs.setdefault((name, row["seed"]), []).append(Row(row))
         searched = "search/"
-        others = [row["run"] for row in table[1:] if not row["run"].startswith(searched)]
+        others = [run for run in dict.fromkeys(row["run"] for row in table[1:]) if not run.startswith(searched)]
         self.groups = list(dict.fromkeys(map(group_of, others)))
         order = {run: i for i, run in enumerate(self.spec["runs"])}  # trials have none
         names = dict.fromkeys(name for name, _ in self.runs)
