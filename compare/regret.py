@@ -193,10 +193,7 @@ def section(table, settings=SETTINGS, title="Regret", draws=2000):
     differences = []
     for summary, what in ((statistics.mean, "mean"), (max, "worst")):
         best = min(constants(seen), key=lambda name: summary(seen[name]))
-        values = [summary(one["amft"]) - summary(one[best]) for one in open_ones]
-        difference = summary(seen["amft"]) - summary(seen[best])
-        differences.append(f"{what} regret less that of {METHODS[best]}, the least of a constant's: "
-                           f"{difference:+.1f} {middle(values)}")
+        differences.append(f"{what} regret less that of {METHODS[best]}, the least of a constant's: {difference(summary, best, seen, open_ones)}")
     share = 100 * statistics.mean(earns_its_place(one) for one in open_ones)
     spreads = ", ".join(f"{deviation(setting, own):.1f}" for setting, own in found.items())
     counts = ", ".join(str(max(len(values) for values in own.values())) for own in found.values())
@@ -220,12 +217,16 @@ def falling(seen, open_ones):
     if "cosine" not in seen:
         return []
     share = 100 * statistics.mean(beats(one, ["cosine"]) for one in open_ones)
-    differences = []
-    for summary, what in ((max, "worst"), (statistics.mean, "mean")):
-        less = [summary(one["amft"]) - summary(one["cosine"]) for one in open_ones]
-        differences.append(f"{what} regret {summary(seen['amft']) - summary(seen['cosine']):+.1f} {middle(less)}")
-    return ["", f"Against a mu that falls from 0.5 to 0.05 whatever it sees: {', '.join(differences)}. The same was to be reached: it is "
-            f"{'' if beats(seen, ['cosine']) else 'not '}by the means, and is in {share:.0f}% of the redrawings."]
+    worst, mean = (difference(summary, "cosine", seen, open_ones) for summary in (max, statistics.mean))
+    return ["", f"AMFT's regrets less those of a mu that falls from 0.5 to 0.05 whatever it sees: worst regret {worst}, mean regret {mean}. "
+            f"That AMFT's worst is lower and its mean not higher {'holds' if beats(seen, ['cosine']) else 'does not hold'} by the means, "
+            f"and holds in {share:.0f}% of the redrawings."]
+
+
+def difference(summary, rival, seen, open_ones):
+    """AMFT's mean or worst regret less a rival's, as text."""
+    values = [summary(one["amft"]) - summary(one[rival]) for one in open_ones]
+    return f"{summary(seen['amft']) - summary(seen[rival]):+.1f} {middle(values)}"
 
 
 def graded(seen, open_ones):
@@ -345,15 +346,15 @@ def few(table):
             *seed_by_seed(table, FEW)]
 
 
-def elsewhere(table):
+def elsewhere(table, draws=2000):
     """Lines: the same question in mathematics."""
     if not Study(table, "math").names:
         return []
-    lines = [*section(table, MATHEMATICS, "Mathematics: regret with the plain loss"), "", "Each seed in brackets:",
+    lines = [*section(table, MATHEMATICS, "Mathematics: regret with the plain loss", draws), "", "Each seed in brackets:",
              *seed_by_seed(table, MATHEMATICS)]
     again = since(table, AGAIN)
     if len(again) > 1:
-        lines += section(again, MATHEMATICS, f"Mathematics again: seeds from {AGAIN} on alone")
+        lines += section(again, MATHEMATICS, f"Mathematics again: seeds from {AGAIN} on alone", draws)
     return lines
 
 
